@@ -107,6 +107,48 @@ def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
         return make()
 
 
+class _Risked(nn.Module):
+    """A loss of torch's own, whose examples a risk adds up."""
+
+    def __init__(self, loss: nn.Module, risk: nn.Module) -> None:
+        super().__init__()
+        self.loss, self.risk = loss, risk
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return self.risk(self.loss(input, target))
+
+
+def with_risk(loss: nn.Module, risk: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Return a copy of ``loss`` whose per-example losses are added up by ``risk`` instead of their mean.
+
+    Args:
+        loss: Any loss with a ``reduction``: minimand's or torch's.
+        risk: Maps losses ``(batch,)`` to a scalar.
+
+    Raises:
+        TypeError: If the loss has no ``reduction``, so that its per-example losses cannot be had.
+    """
+    if not hasattr(loss, "reduction"):
+        raise TypeError(f"loss must have a reduction for a risk to replace, {type(loss).__name__} has none")
+    loss = copy.deepcopy(loss)
+    if hasattr(loss, "link"):
+        loss.reduction = risk
+        return loss
+    loss.reduction = "none"
+    return _Risked(loss, risk if isinstance(risk, nn.Module) else _Function(risk))
+
+
+class _Function(nn.Module):
+    """A plain function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, losses: Tensor) -> Tensor:
+        return self.function(losses)
+
+
 def fit(
     model: nn.Module,
     loss: Objective,

@@ -121,6 +121,10 @@ class Study:
             correction of Nadeau and Bengio); 0 when every seed draws fresh, independent data.
         about: One sentence on what the problem is, for people.
         notes: What a reader must know to read the result: limits, deviations from the paper.
+        source: Passed to ``problem``: where a user's data come from; None for the built-in data.
+        data: The data in a few words, for people.
+        data_key: Hash of the data, which decides with the settings and the code whether a cell was already run.
+        settings: Everything that was set and decides the outcome, JSON-able.
     """
 
     method: str
@@ -132,6 +136,10 @@ class Study:
     test_train_ratio: float = 0.0
     about: str = ""
     notes: str = ""
+    source: Any = None
+    data: str = "built-in"
+    data_key: str = "built-in"
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.contenders:

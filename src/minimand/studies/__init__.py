@@ -1,0 +1,1 @@
+"""One module a method: problem, contenders, claims. Written with the public API, as a user would."""
