@@ -1,3 +1,9 @@
 """What can be promised: bounds on the error of what was learnt."""
 
-__all__: list[str] = []
+from .interpolation_risk import best_bag_size, best_rho, interpolation_risk
+
+__all__ = [
+    "best_bag_size",
+    "best_rho",
+    "interpolation_risk",
+]
