@@ -197,6 +197,8 @@ def label_table(
                 raise DataError(f"--target is missing: which column of {name} is the label?")
             target = "y"
     require_column(frame, target, "--target")
+    # "a,b" drops two columns, unless one is really called that.
+    drop = [name for entry in drop for name in ([entry] if entry in frame.columns else entry.split(","))]
     for column in drop:
         require_column(frame, column, "--drop")
     if group is not None:

@@ -14,6 +14,7 @@ import multiprocessing.connection
 import os
 import pathlib
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -104,9 +105,7 @@ def run(
     count = study.seeds if seeds is None else seeds
     if count < 1:
         raise ValueError(f"seeds must be at least 1, got {count}")
-    owned = Store(":memory:") if store is None else None
-    kept = owned or store
-    assert kept is not None
+    kept = Store(":memory:") if store is None else store
     key_of = _keys(study)
     found: dict[tuple[str, int], Cell] = {}
     tasks = []
@@ -148,20 +147,16 @@ def run(
             if progress is not None:
                 progress(done, total, task.contender)
     finally:
-        if owned is not None:
-            owned.close()
+        if store is None:
+            kept.close()
     order = [(name, seed) for name in study.contenders for seed in range(count)]
     return Results(tuple(found[place] for place in order if place in found), tuple(failures))
 
 
 def execute_cells(payload: bytes) -> tuple[list[Outcome], float]:
     """Run the cells of one task. This is what a worker does, wherever it is."""
-    import torch
-
     contender, problem, source, seeds = cloudpickle.loads(payload)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with _one_thread():
         datas = [problem(source, seed) for seed in seeds]
         runs = [Run(seed) for seed in seeds]
         start = time.perf_counter()
@@ -170,6 +165,19 @@ def execute_cells(payload: bytes) -> tuple[list[Outcome], float]:
         else:
             outcomes = [contender(data, cell) for data, cell in zip(datas, runs, strict=True)]
         return list(outcomes), time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Hold torch to one thread: a worker a core, and sums in one order whatever the machine."""
+    torch = sys.modules.get("torch")
+    if torch is None:  # a study without torch need not wait for it
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 

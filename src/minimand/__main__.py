@@ -1,0 +1,5 @@
+"""``python -m minimand``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,316 @@
+"""The command line. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from . import __version__
+from .catalogue import PROOFS, Method, find, methods
+
+if TYPE_CHECKING:
+    from .bench import Study
+
+app = typer.Typer(
+    name="minimand",
+    help="Change what your model minimises, not your training loop.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+compare = typer.Typer(help="Which contender is best on my data?", no_args_is_help=True)
+app.add_typer(compare, name="compare")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")]
+Out = Annotated[pathlib.Path, typer.Option("--out", help="Folder for the report.", metavar="DIR")]
+Engine = Annotated[str, typer.Option("--engine", help="Where cells run: local or ray.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", "-j", help="Processes; default: one a core.")]
+Seed = Annotated[int, typer.Option("--seed", help="Decides folds, noise and training.")]
+StorePath = Annotated[
+    pathlib.Path | None, typer.Option("--store", help="Where cells are kept; default: the user's cache folder.")
+]
+DEFAULT_OUT = pathlib.Path("minimand-report")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"minimand {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command("list")
+def list_methods(
+    as_json: Json = False,
+    room: Annotated[str | None, typer.Option("--room", help="Only this room.")] = None,
+    built: Annotated[bool, typer.Option("--built", help="Only methods that have parts.")] = False,
+) -> None:
+    """Show the methods, which of their five proofs stand, and the verdict on each claim."""
+    chosen = [method for method in methods() if (room in (None, method.room)) and (method.built or not built)]
+    if not chosen:
+        rooms = ", ".join(sorted({method.room for method in methods()}))
+        _refuse(f"--room: there is no method in {room!r}; rooms are {rooms}")
+    if as_json:
+        print(json.dumps([_listed(method) for method in chosen], indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("method", "room", "paper", "".join(proof[0] for proof in PROOFS), "verdict"):
+        table.add_column(title, no_wrap=True, overflow="ellipsis")
+    for method in chosen:
+        marks = "".join("●" if proof in method.proofs else "·" for proof in PROOFS)
+        verdict = method.verdict() or ("" if method.built else "not built yet")
+        table.add_row(method.name, method.room, f"{method.venue}: {method.title}", marks, verdict)
+    console = Console()
+    console.print(table)
+    stand = sum(set(method.proofs) == set(PROOFS) for method in methods())
+    console.print(f"\n{stand} of {len(methods())} methods stand on all five proofs: {', '.join(PROOFS)} (●)", style="dim")
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(metavar="METHOD")], as_json: Json = False) -> None:
+    """Show one method: what it is for, its parts, its paper, its evidence."""
+    method = _find(name)
+    if as_json:
+        print(json.dumps(_listed(method), indent=1))
+        return
+    record = method.evidence()
+    print(f"{method.name}: {method.purpose}\n")
+    print(f"  paper    {method.title}")
+    print(f"           {method.authors}; {method.venue}" + (f"; arXiv {method.arxiv}" if method.arxiv else ""))
+    print(f"  claim    {method.claim}")
+    parts = ", ".join(method.parts) if method.built else "none yet: this method is not built"
+    print(f"  parts    {f'minimand.{method.room}: ' if method.built else ''}{parts}")
+    print(f"  proofs   {', '.join(f'{proof} {state}' for proof, state in method.state().items())}")
+    if record is not None:
+        print(f"  evidence {record['date'][:10]}")
+        for claim in record["claims"]:
+            print(f"           {claim['verdict']}: {claim['says']}")
+        print(f"\n  minimand reproduce {method.name}")
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="METHOD")],
+    as_json: Json = False,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Cells a contender; default: the study's own.")] = None,
+    out: Out = DEFAULT_OUT,
+    engine: Engine = "local",
+    jobs: Jobs = None,
+    store: StorePath = None,
+    evidence: Annotated[
+        pathlib.Path | None, typer.Option("--evidence", help="Also write the evidence file into this folder.", metavar="DIR")
+    ] = None,
+) -> None:
+    """Does the paper's claim hold? Run a method's study and judge it."""
+    method = _find(name)
+    study_file = pathlib.Path(__file__).with_name("studies") / f"{method.module}.py"
+    if not study_file.exists():
+        _refuse(f"{method.name} has no study yet; `minimand list --built` shows the methods that have one")
+    import importlib
+
+    study: Study = importlib.import_module(f"minimand.studies.{method.module}").study
+    record = _run(
+        lambda: study, kind="reproduce", problem=method.name, out=out, seeds=seeds, engine=engine, jobs=jobs,
+        store=store, as_json=as_json,
+    )  # fmt: skip
+    if evidence is not None:
+        from .bench import write_evidence
+
+        write_evidence(record, evidence / f"{method.name}.json")
+
+
+@compare.command()
+def classify(
+    data: Annotated[
+        str | None, typer.Argument(help="CSV, TSV, Parquet, JSON lines or NPZ. Default: digits with 30 % label noise.")
+    ] = None,
+    target: Annotated[str | None, typer.Option("--target", help="The label column.")] = None,
+    drop: Annotated[list[str] | None, typer.Option("--drop", help="Columns to leave out, separated by commas; may be repeated.")] = None,
+    group: Annotated[str | None, typer.Option("--group", help="Column whose groups no fold may split.")] = None,
+    model: Annotated[str, typer.Option("--model", help="linear, mlp or package.module:factory.")] = "mlp",
+    epochs: Annotated[int, typer.Option("--epochs", help="Passes over the training data.")] = 30,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Examples a step.")] = 64,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 2e-3,
+    folds: Annotated[int, typer.Option("--folds", help="Folds of the cross-validation.")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", help="How often the folds are drawn anew.")] = 2,
+    tune: Annotated[int, typer.Option("--tune", help="Trials of tuning for each contender.")] = 0,
+    noise: Annotated[
+        float | None, typer.Option("--noise", help="Share of training labels made wrong, for a what-if.")
+    ] = None,
+    metric: Annotated[str, typer.Option("--metric", help="What decides.")] = "accuracy",
+    contenders: Annotated[
+        str | None, typer.Option("--contenders", help="Names, separated by commas; default: all.")
+    ] = None,
+    engine: Engine = "local",
+    jobs: Jobs = None,
+    seed: Seed = 0,
+    store: StorePath = None,
+    as_json: Json = False,
+    out: Out = DEFAULT_OUT,
+) -> None:
+    """Which training objective is best on my table, and is the difference real?"""
+
+    def build() -> Study:
+        from .bench.classify import classify_study
+
+        names = None if contenders is None else [name.strip() for name in contenders.split(",") if name.strip()]
+        return classify_study(
+            data, target=target, drop=drop or [], group=group, model=model, epochs=epochs, batch_size=batch_size,
+            lr=lr, folds=folds, repeats=repeats, tune=tune, noise=noise, metric=metric, contenders=names, seed=seed,
+        )  # fmt: skip
+
+    def code(study: Study, winner: str) -> str:
+        from .bench.classify import winner_code
+
+        return winner_code(study, winner)
+
+    sys.path.insert(0, "")  # so that --model finds a module beside the data, as `python -m` would
+    _run(build, kind="compare", problem="classify", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json, code=code)
+
+
+def _run(
+    build: Callable[[], Study],
+    *,
+    kind: str,
+    problem: str,
+    out: pathlib.Path,
+    engine: str,
+    jobs: int | None,
+    store: pathlib.Path | None,
+    as_json: bool,
+    seeds: int | None = None,
+    code: Callable[[Study, str], str] | None = None,
+) -> dict[str, Any]:
+    """Run a study, show it, and write its report."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    start = time.perf_counter()
+    try:
+        _check_out(out)
+        with console.status("reading"):
+            study = build()
+            from . import bench, report
+        with bench.Store(store) as kept:
+            results = _with_progress(study, kept, console, seeds=seeds, engine=engine, jobs=jobs)
+    except KeyboardInterrupt:
+        console.print("stopped; what is done is kept, and the same command goes on from there")
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, RuntimeError) as error:
+        _refuse(str(error))
+    if not results.cells:
+        failure = results.failures[0]
+        _refuse(f"every cell failed; the first, of {failure.contender}: {failure.error}")
+    record = bench.make_record(
+        study, results, kind=kind, problem=problem, seconds=time.perf_counter() - start
+    )
+    if code is not None and record["metrics"]:
+        record["code"] = code(study, record["summary"][record["metrics"][0]["name"]][0]["name"])
+    path = out / (f"{problem}.html" if kind == "reproduce" else f"compare-{problem}.html")
+    try:
+        report.write(record, path)
+    except OSError as error:
+        _refuse(f"--out: cannot write {path}: {error.strerror}")
+    if as_json:
+        from .bench.record import short_json
+
+        print(json.dumps(short_json(record, str(path)), indent=1))
+    else:
+        _show(record, path)
+    for failure in results.failures:
+        console.print(f"{failure.contender}, cell {failure.seed}: {failure.error}", style="red")
+    if results.failures:
+        raise typer.Exit(1)
+    return record
+
+
+def _with_progress(study: Study, kept: Any, console: Any, **options: Any) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from . import bench
+
+    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def advance(done: int, total: int, contender: str) -> None:
+            bar.update(task, completed=done, total=total, description=contender or "training")
+
+        return bench.run(study, store=kept, progress=advance, **options)
+
+
+def _show(record: dict[str, Any], path: pathlib.Path) -> None:
+    from rich.console import Console
+
+    from .report import terminal
+
+    console = Console()
+    console.print(f"\n{record['data']}; {record['about']}", style="dim", highlight=False)
+    console.print(terminal.leaderboard(record))
+    if record["claims"]:
+        console.print(terminal.claims(record))
+    console.print(f"\n[bold]{record['sentence']}[/bold]\n", highlight=False)
+    if record["code"]:
+        console.print("Train the winner:\n", style="dim")
+        print("\n".join("    " + line for line in record["code"].splitlines()) + "\n")
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+
+
+def _check_out(out: pathlib.Path) -> None:
+    """Refuse a folder that the report could not be written to, before an hour of work."""
+    import os
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: {out} is a file, not a folder")
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--out: no permission to write in {existing}")
+
+
+def _find(name: str) -> Method:
+    try:
+        return find(name)
+    except KeyError as error:
+        _refuse(str(error.args[0]))
+
+
+def _listed(method: Method) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "room": method.room,
+        "parts": list(method.parts),
+        "card": method.card,
+        "title": method.title,
+        "arxiv": method.arxiv,
+        "purpose": method.purpose,
+        "claim": method.claim,
+        "built": method.built,
+        "proofs": method.state(),
+        "verdict": method.verdict(),
+    }
+
+
+def _refuse(sentence: str) -> NoReturn:
+    """End with one sentence and exit code 2."""
+    print(f"minimand: {sentence}", file=sys.stderr)
+    raise typer.Exit(2)
