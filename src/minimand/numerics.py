@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,3 +26,19 @@ def categorical_kl(
     """Compute KL(p || q) of categorical distributions given by their log-probabilities; 0 log 0 is 0."""
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(-1)
+
+
+def comp_sum(log_probability: Float[Tensor, "*shape"], tau: float) -> Float[Tensor, "*shape"]:
+    r"""Compute :math:`(p^{\tau-1} - 1) / (1 - \tau)` from :math:`\log p`; :math:`-\log p` at ``tau = 1``.
+
+    expm1 keeps every digit as ``tau`` nears 1. Below 1 the value grows like :math:`p^{\tau-1}`; past the square root
+    of the dtype's largest number it goes on along its tangent, so that neither it nor its gradient overflows.
+    """
+    if tau == 1:
+        return -log_probability
+    z = (tau - 1) * log_probability
+    if tau > 1:
+        return torch.expm1(z) / (1 - tau)
+    ceiling = 0.5 * math.log(torch.finfo(z.dtype).max)
+    beyond = torch.relu(z - ceiling)
+    return (torch.expm1(z.clamp_max(ceiling)) + math.exp(ceiling) * beyond) / (1 - tau)
