@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -98,6 +99,32 @@ def mlp(features: int, classes: int, *, hidden: Sequence[int] = (128, 128)) -> n
         layers += [nn.Linear(features, width), nn.ReLU()]
         features = width
     return nn.Sequential(*layers, nn.Linear(features, classes))
+
+
+def model_factory(model: str | Callable[[Any, int], nn.Module]) -> Callable[[Any, int], nn.Module]:
+    """Return what builds a model from its number (or shape) of features and its number of classes.
+
+    Args:
+        model: ``"linear"``, ``"mlp"``, ``"package.module:factory"``, or a callable, which is returned.
+
+    Raises:
+        ValueError: If the name stands for nothing that can be called.
+    """
+    if callable(model):
+        return model
+    known: dict[str, Callable[[Any, int], nn.Module]] = {"linear": linear, "mlp": mlp}
+    if model in known:
+        return known[model]
+    module, separator, name = str(model).partition(":")
+    if not separator:
+        raise ValueError(f"model must be 'linear', 'mlp' or 'package.module:factory', got {model!r}")
+    try:
+        factory = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"model: cannot import {model}: {error}") from None
+    if not callable(factory):
+        raise ValueError(f"model: {model} cannot be called")
+    return factory
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:

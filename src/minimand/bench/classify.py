@@ -303,8 +303,8 @@ def classify_study(
     problem = TableFolds(path, target, tuple(drop), group, folds, level, seed)
     table = problem.table()
     _check_folds(table, folds)
-    factory, model_hash = model_factory(model)
     try:
+        factory = training.model_factory(model)
         recipe = Recipe(epochs=epochs, batch_size=batch_size, lr=lr)
     except ValueError as error:
         raise DataError(f"--{error}") from None
@@ -331,7 +331,7 @@ def classify_study(
             "drop": sorted(drop),
             "group": group,
             "model": model,
-            "model_code": model_hash,
+            "model_code": model_code(factory),
             "epochs": epochs,
             "batch_size": batch_size,
             "lr": lr,
@@ -344,27 +344,12 @@ def classify_study(
     )
 
 
-def model_factory(model: str) -> tuple[Callable[[Any, int], nn.Module], str]:
-    """Return what builds the model, and a hash of its code.
-
-    Raises:
-        DataError: If ``model`` names nothing that can be called with features and classes.
-    """
-    known = {"linear": training.linear, "mlp": training.mlp}
-    if model in known:
-        return known[model], ""
-    if ":" not in model:
-        raise DataError(f"--model must be linear, mlp or package.module:factory, got {model!r}{nearest(model, known)}")
-    module_name, name = model.split(":", 1)
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"--model: cannot import {model}: {error}") from None
-    if not callable(factory):
-        raise DataError(f"--model: {model} cannot be called")
-    source = inspect.getsourcefile(inspect.unwrap(factory)) if inspect.isroutine(factory) or inspect.isclass(factory) else None
-    code = hashlib.blake2b(pathlib.Path(source).read_bytes(), digest_size=8).hexdigest() if source else ""
-    return factory, code
+def model_code(factory: Callable[..., Any]) -> str:
+    """Hash the file that a user's model factory lies in, so that its cells are run again when it changes."""
+    if factory in (training.linear, training.mlp):
+        return ""
+    source = inspect.getsourcefile(inspect.unwrap(factory))
+    return hashlib.blake2b(pathlib.Path(source).read_bytes(), digest_size=8).hexdigest() if source else ""
 
 
 def winner_code(study: Study, winner: str) -> str:
