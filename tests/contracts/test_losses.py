@@ -30,12 +30,23 @@ class Setting:
     reranks: bool = False  # its link is not monotone in the scores, so it may rank the classes otherwise
 
 
+def saf_under_way() -> Loss:
+    """Build a SAF that remembers an epoch, so that its term is not zero."""
+    loss = minimand.losses.SAFLoss(BATCH, lag=1, after_epoch=1)
+    loss.start_epoch(1)
+    loss.remember(torch.randn(BATCH, CLASSES), torch.arange(BATCH))
+    loss.start_epoch(2)
+    return loss
+
+
 # Losses are built with their defaults unless said otherwise here.
 SETTINGS: dict[str, Setting] = {
     "ALDRKLLoss": Setting(lambda: minimand.losses.ALDRKLLoss(num_samples=BATCH), spatial=False),
+    "MESALoss": Setting(lambda: minimand.losses.MESALoss(torch.nn.Linear(3, CLASSES)), spatial=False),
     "RobustTemperatureLoss": Setting(
         lambda: minimand.losses.RobustTemperatureLoss.for_classes(CLASSES, dropout=0.0), surrogate=True
     ),
+    "SAFLoss": Setting(saf_under_way, spatial=False),
     "SphericalSoftmaxLoss": Setting(minimand.losses.SphericalSoftmaxLoss, reranks=True),
     "TaylorSoftmaxLoss": Setting(minimand.losses.TaylorSoftmaxLoss, reranks=True),
 }

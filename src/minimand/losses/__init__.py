@@ -7,6 +7,7 @@ from .factored_spherical import FactoredSphericalLinear
 from .focal import FocalLoss
 from .generalized_cross_entropy import GeneralizedCrossEntropyLoss, MeanAbsoluteErrorLoss
 from .loss import Loss
+from .saf import MESALoss, SAFLoss, trajectory_kl
 from .symmetric_cross_entropy import SymmetricCrossEntropyLoss
 from .tempnet import RobustTemperatureLoss, TempNet, exact_temperature, robust_temperature_loss
 from .tempnet_contrastive import ContrastiveOut, TempNetContrastiveLoss
@@ -22,8 +23,10 @@ __all__ = [
     "GeneralizedCrossEntropyLoss",
     "LDRKLLoss",
     "Loss",
+    "MESALoss",
     "MeanAbsoluteErrorLoss",
     "RobustTemperatureLoss",
+    "SAFLoss",
     "SphericalLoss",
     "SphericalSoftmaxLoss",
     "SquaredErrorLoss",
@@ -40,6 +43,7 @@ __all__ = [
     "ols",
     "private_bag_means",
     "robust_temperature_loss",
+    "trajectory_kl",
     "within_bag_variance",
     "z_loss",
 ]
