@@ -43,6 +43,8 @@ LOSSES = {
     "cross-entropy": nn.CrossEntropyLoss,
     "ldr-kl": lambda: losses.LDRKLLoss(2.0, normalize="l1"),
     "aldr-kl": lambda: losses.ALDRKLLoss(temperature=2.0),
+    "saf": lambda: losses.SAFLoss(lag=1, after_epoch=1, strength=1.0),
+    "mesa": lambda: losses.MESALoss(decay=0.8),
     "weighted": lambda: nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0, 4.0])),
 }
 
