@@ -32,3 +32,8 @@ def check_losses(losses: Tensor) -> None:
         raise ValueError(f"losses must have shape (batch,), got {tuple(losses.shape)}")
     checks.not_empty(losses, "losses")
     checks.require(torch.isfinite(losses.detach()), lambda: "losses contains NaN or infinity")
+
+
+def solver_dtype(losses: Tensor) -> torch.dtype:
+    """Return the precision in which worst-case weights are solved for: double, where the device has it."""
+    return torch.float32 if losses.device.type == "mps" else torch.float64
