@@ -1,4 +1,4 @@
-"""The problem behind ``minimand compare bags``: labels known as means over bags, and every way to learn rows from them."""
+"""The problem behind ``minimand compare bags``: labels known as means over bags, and ways to learn rows from them."""
 
 from __future__ import annotations
 
@@ -376,7 +376,9 @@ def bags_study(
         )
     kind = ("bce" if proportions else "mse") if loss == "auto" else loss
     try:
-        recipe = Recipe(epochs=epochs, batch_size=16, lr=5e-3)
+        # Ten steps an epoch at least, or a table of few bags would hardly be learnt from.
+        batch_size = min(16, max(1, count // 10))
+        recipe = Recipe(epochs=epochs, batch_size=batch_size, lr=1e-2 if model == "linear" else 3e-3)
     except ValueError as error:
         raise DataError(f"--{error}") from None
     learn = BagLearner(model, kind, recipe)
