@@ -228,6 +228,7 @@ def _run(
         record["code"] = code(study, record["summary"][record["metrics"][0]["name"]][0]["name"])
     path = out / (f"{problem}.html" if kind == "reproduce" else f"compare-{problem}.html")
     try:
+        out.mkdir(parents=True, exist_ok=True)
         report.write(record, path)
     except OSError as error:
         _refuse(f"--out: cannot write {path}: {error.strerror}")

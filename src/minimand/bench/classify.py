@@ -101,15 +101,15 @@ METHODS: dict[str, Objective] = {
     "comp-sum": Objective(f"{_LOSSES}:CompSumLoss", {"tau": 1.5}, space={"tau": Range(0.5, 1.9)}),
     "ldr-kl": Objective(
         f"{_LOSSES}:LDRKLLoss",
-        {"temperature": 1.0, "normalize": "softplus"},
-        space={"temperature": Range(0.1, 10.0, log=True)},
+        {"temperature": 10.0, "normalize": "softplus"},
+        space={"temperature": Range(0.3, 30.0, log=True)},
     ),
     "aldr-kl": Objective(
-        f"{_LOSSES}:ALDRKLLoss", {"temperature": 3.0}, space={"temperature": Range(0.3, 10.0, log=True)}
+        f"{_LOSSES}:ALDRKLLoss", {"temperature": 10.0}, space={"temperature": Range(0.3, 30.0, log=True)}
     ),
     "ensloss": Objective(f"{_LOSSES}:EnsLoss"),
     "tempnet": Objective(f"{_LOSSES}:RobustTemperatureLoss", sized=True),
-    "z-loss": Objective(f"{_LOSSES}:ZLoss", {"a": 1.0, "b": 10.0}, space={"a": Range(0.1, 2.0, log=True)}),
+    "z-loss": Objective(f"{_LOSSES}:ZLoss", {"b": 10.0}, space={"b": Range(0.1, 2.0, log=True)}),
     "loss-reweighting": Objective(
         f"{_TORCH}:CrossEntropyLoss",
         risk=f"{_RISKS}:DynamicLossReweighting",

@@ -48,6 +48,8 @@ def read_table(path: str | os.PathLike[str]) -> pl.DataFrame:
         raise
     except Exception as error:  # polars and numpy raise many kinds; a user needs the sentence, not the kind
         reason = " ".join(str(error).split())[:200]
+        if "found more fields" in reason:
+            reason = "a row has more fields than the header"
         raise DataError(f"cannot read {file.name} as {suffix[1:]}: {reason}") from error
     if frame.height == 0:
         raise DataError(f"{file.name} has a header but no rows")
