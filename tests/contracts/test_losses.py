@@ -42,6 +42,7 @@ def saf_under_way() -> Loss:
 # Losses are built with their defaults unless said otherwise here.
 SETTINGS: dict[str, Setting] = {
     "ALDRKLLoss": Setting(lambda: minimand.losses.ALDRKLLoss(num_samples=BATCH), spatial=False),
+    "EnsLoss": Setting(minimand.losses.EnsLoss, weighted=False, couples=True, surrogate=True),
     "MESALoss": Setting(lambda: minimand.losses.MESALoss(torch.nn.Linear(3, CLASSES)), spatial=False),
     "RobustTemperatureLoss": Setting(
         lambda: minimand.losses.RobustTemperatureLoss.for_classes(CLASSES, dropout=0.0), surrogate=True
