@@ -9,6 +9,7 @@ Neural Networks", AAAI 2017, arXiv 1712.09482.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -69,7 +70,7 @@ class GeneralizedCrossEntropyLoss(Loss):
 
         At ``q = 1`` the minimiser keeps only the likeliest class; softmax(scores) is returned.
         """
-        return F.softmax((1 - self.q if self.q < 1 else 1.0) * input, dim=-1)
+        return torch.softmax((1 - self.q if self.q < 1 else 1.0) * input, dim=-1)
 
 
 class MeanAbsoluteErrorLoss(Loss):
