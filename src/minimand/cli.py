@@ -61,6 +61,7 @@ def list_methods(
     as_json: Json = False,
     room: Annotated[str | None, typer.Option("--room", help="Only this room.")] = None,
     built: Annotated[bool, typer.Option("--built", help="Only methods that have parts.")] = False,
+    names: Annotated[bool, typer.Option("--names", help="Print names only.")] = False,
 ) -> None:
     """Show the methods, which of their five proofs stand, and the verdict on each claim."""
     chosen = [method for method in methods() if (room in (None, method.room)) and (method.built or not built)]
@@ -69,6 +70,9 @@ def list_methods(
         _refuse(f"--room: there is no method in {room!r}; rooms are {rooms}")
     if as_json:
         print(json.dumps([_listed(method) for method in chosen], indent=1))
+        return
+    if names:
+        print("\n".join(method.name for method in chosen))
         return
     from rich.console import Console
     from rich.table import Table
@@ -186,6 +190,61 @@ def classify(
 
     sys.path.insert(0, "")  # so that --model finds a module beside the data, as `python -m` would
     _run(build, kind="compare", problem="classify", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json, code=code)
+
+
+@compare.command()
+def calibrate(
+    data: Annotated[
+        str | None, typer.Argument(help="NPZ with logits (rows, classes) and target (rows,). Default: a network on digits.")
+    ] = None,
+    test_fraction: Annotated[float, typer.Option("--test-fraction", help="Share of rows that test a calibrator.")] = 0.5,
+    repeats: Annotated[int, typer.Option("--repeats", help="How often the rows are split anew.")] = 10,
+    engine: Engine = "local",
+    jobs: Jobs = None,
+    store: StorePath = None,
+    as_json: Json = False,
+    out: Out = DEFAULT_OUT,
+) -> None:
+    """Which calibrator makes my classifier's confidence true?"""
+
+    def build() -> Study:
+        from .bench.calibration import calibrate_study
+
+        return calibrate_study(data, test_fraction=test_fraction)
+
+    _run(build, kind="compare", problem="calibrate", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json, seeds=repeats)
+
+
+@compare.command()
+def bags(
+    data: Annotated[
+        str | None, typer.Argument(help="CSV, TSV, Parquet, JSON lines or NPZ. Default: diabetes in bags of four.")
+    ] = None,
+    target: Annotated[str | None, typer.Option("--target", help="Column of the bag's average response.")] = None,
+    bag: Annotated[str | None, typer.Option("--bag", help="Column that says which bag a row is in.")] = None,
+    drop: Annotated[list[str] | None, typer.Option("--drop", help="Columns to leave out; may be repeated.")] = None,
+    model: Annotated[str, typer.Option("--model", help="linear or mlp.")] = "linear",
+    loss: Annotated[str, typer.Option("--loss", help="mse, bce, or auto.")] = "auto",
+    folds: Annotated[int, typer.Option("--folds", help="Folds of the cross-validation, over bags.")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", help="How often the folds are drawn anew.")] = 2,
+    engine: Engine = "local",
+    jobs: Jobs = None,
+    store: StorePath = None,
+    as_json: Json = False,
+    out: Out = DEFAULT_OUT,
+) -> None:
+    """Which loss learns best from responses known only as averages over bags of rows?"""
+
+    def build() -> Study:
+        from .bench.bags import bags_study
+
+        if data is not None and (target is None or bag is None):
+            raise ValueError("--target and --bag are needed: the column of responses and the column of bags")
+        return bags_study(
+            data, target=target, bag=bag, drop=drop or [], model=model, folds=folds, repeats=repeats, loss=loss
+        )
+
+    _run(build, kind="compare", problem="bags", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json)
 
 
 def _run(

@@ -109,7 +109,7 @@ METHODS: dict[str, Objective] = {
     ),
     "ensloss": Objective(f"{_LOSSES}:EnsLoss"),
     "tempnet": Objective(f"{_LOSSES}:RobustTemperatureLoss", sized=True),
-    "z-loss": Objective(f"{_LOSSES}:ZLoss", {"b": 10.0}, space={"b": Range(0.1, 2.0, log=True)}),
+    "z-loss": Objective(f"{_LOSSES}:ZLoss", {"sharpness": 1.0, "margin": 10.0}, space={"margin": Range(1.0, 30.0, log=True)}),
     "loss-reweighting": Objective(
         f"{_TORCH}:CrossEntropyLoss",
         risk=f"{_RISKS}:DynamicLossReweighting",
