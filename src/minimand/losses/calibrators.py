@@ -144,7 +144,11 @@ class VectorScaling(Calibrator):
         scale = data.new_ones(data.shape[1], requires_grad=True)
         offset = data.new_zeros(data.shape[1], requires_grad=True)
         optimizer = torch.optim.LBFGS(
-            [scale, offset], max_iter=self.max_iterations, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
+            [scale, offset],
+            max_iter=self.max_iterations,
+            tolerance_grad=1e-7,
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
         )
 
         def closure() -> Tensor:
