@@ -105,6 +105,13 @@ def test_more_steps_never_find_less():
     assert found[-1] > found[0]
 
 
+def test_the_best_point_counts_where_later_steps_overshoot():
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    found = sharpness(model, lambda weights, _: weights.sum().sin(), (EMPTY[0][None], EMPTY[1]), radius=2.0, steps=2)
+    assert found == pytest.approx(math.sin(2.0))
+
+
 def test_sharpness_at_a_maximum_is_zero():
     model = Weights(torch.zeros(4, dtype=F64))
     assert sharpness(model, lambda weights, _: -weights.square().sum(), EMPTY) == 0.0

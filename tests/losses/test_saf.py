@@ -172,13 +172,14 @@ def test_a_sample_that_was_left_out_lag_epochs_ago_has_no_term():
 
 
 def test_half_precision_storage_keeps_huge_scores_with_the_probabilities_they_mean():
-    loss = SAFLoss(2, lag=1, after_epoch=1, strength=1.0)
-    huge = torch.tensor([[1e6, 1e6 - 2.0, 0.0], [-1e8, 3.0, 1.0]])
+    loss = SAFLoss(2, lag=1, after_epoch=1)
+    huge = torch.tensor([[1e6, 1e6 - 2.0, 0.0], [-1e8, 3.0, 1.0]], dtype=F64)
+    present = torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.0, 3.0]], dtype=F64)
     loss.start_epoch(1)
     loss.remember(huge, torch.arange(2))
     loss.start_epoch(2)
-    term = loss.trajectory(torch.tensor([[2.0, 0.0, -1e5], [-1e5, 2.0, 0.0]]), torch.arange(2))
-    torch.testing.assert_close(term, torch.zeros(2), rtol=0, atol=1e-5)
+    term = loss.trajectory(present, torch.arange(2))
+    torch.testing.assert_close(term, trajectory_kl(present, huge, reduction="none"), rtol=1e-6, atol=0)
 
 
 def test_evaluation_mode_remembers_nothing_and_needs_no_index():
@@ -397,6 +398,15 @@ def test_the_average_and_its_steps_travel_in_the_state_dict():
     assert other.steps == 1
 
 
+def test_start_begins_the_average_anew():
+    first, second = nn.Linear(4, 5), nn.Linear(4, 5)
+    loss = MESALoss(first)
+    loss.after_step(first)
+    loss.start(second, 100)
+    assert torch.equal(loss.average.weight, second.weight)
+    assert loss.steps == 0
+
+
 def test_mesa_in_evaluation_mode_needs_no_inputs():
     loss = MESALoss(nn.Linear(4, 5)).eval()
     torch.testing.assert_close(loss(scores(), labels()), F.cross_entropy(scores(), labels()))
@@ -420,6 +430,7 @@ def test_mesa_in_evaluation_mode_needs_no_inputs():
         (lambda: MESALoss(strength=math.nan), "strength"),
         (lambda: trajectory_kl(scores(), scores()[:3]), "reference must have input's shape"),
         (lambda: trajectory_kl(scores() * math.nan, scores()), "NaN"),
+        (lambda: trajectory_kl(scores(), scores() * math.nan), "reference contains NaN"),
         (lambda: trajectory_kl(scores()[:0], scores()[:0]), "input is empty"),
     ],
 )

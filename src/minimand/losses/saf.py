@@ -60,7 +60,7 @@ def trajectory_kl(
         A scalar, or one number an example.
 
     Raises:
-        ValueError: If the shapes differ, or a score is NaN or infinite.
+        ValueError: If the shapes differ, or a score is NaN. A class may score minus infinity on both sides.
 
     Example:
         >>> trajectory_kl(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
@@ -77,6 +77,7 @@ def trajectory_kl(
     if input.dim() < 2:
         raise ValueError(f"input must have shape (batch, classes, *), got {tuple(input.shape)}")
     checks.not_empty(input, "input")
+    checks.require(~reference.isnan(), lambda: "reference contains NaN")
     shape = (input.shape[0], *input.shape[2:])
     term = _trajectory(_rows(input), _rows(reference), temperature)
     return reduce(term, reduction, shape=shape)
@@ -228,9 +229,7 @@ class SAFLoss(Loss):
         epoch, place = self._place(input, index)
         slot = epoch % (self.lag + 1)
         # A shift of the scores changes no probability, and puts the ones that matter where float16 is finest.
-        shifted = input - input.amax(1, keepdim=True)
-        limit = torch.finfo(self.outputs.dtype).min
-        self.outputs[slot, place] = shifted.clamp_min(limit).to(self.outputs)
+        self.outputs[slot, place] = (input - input.amax(1, keepdim=True)).to(self.outputs)
         self.written[slot, place] = epoch
 
     def link(self, input: Tensor) -> Tensor:
