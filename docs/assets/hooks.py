@@ -88,8 +88,7 @@ def _evidence(method: Method) -> str:
 def _interface(method: Method) -> str:
     if not method.built:
         return ""
-    room = f"minimand.{method.room}"
-    return "## Interface\n\n" + "\n\n".join(f"::: {room}.{part}" for part in method.parts)
+    return "## Interface\n\n" + "\n\n".join(f"::: {path}" for path in method.part_paths())
 
 
 def _source(method: Method) -> str:

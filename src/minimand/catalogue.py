@@ -44,6 +44,10 @@ class Method:
         """Whether the method has parts."""
         return bool(self.parts)
 
+    def part_paths(self) -> tuple[str, ...]:
+        """Return where each part is imported from; a part of another room is written ``room.Name``."""
+        return tuple(f"minimand.{part if '.' in part else f'{self.room}.{part}'}" for part in self.parts)
+
     def evidence(self) -> dict[str, Any] | None:
         """Return the stored record of the method's study, or None."""
         path = _HERE / "evidence" / f"{self.name}.json"

@@ -102,8 +102,7 @@ def show(name: Annotated[str, typer.Argument(metavar="METHOD")], as_json: Json =
     print(f"  paper    {method.title}")
     print(f"           {method.authors}; {method.venue}" + (f"; arXiv {method.arxiv}" if method.arxiv else ""))
     print(f"  claim    {method.claim}")
-    parts = ", ".join(method.parts) if method.built else "none yet: this method is not built"
-    print(f"  parts    {f'minimand.{method.room}: ' if method.built else ''}{parts}")
+    print(f"  parts    {', '.join(method.part_paths()) or 'none yet: this method is not built'}")
     print(f"  proofs   {', '.join(f'{proof} {state}' for proof, state in method.state().items())}")
     if record is not None:
         print(f"  evidence {record['date'][:10]}")
