@@ -326,7 +326,7 @@ class CACalibrator:
         loss: Another loss of scaled logits and target in place of :class:`CorrectnessAwareLoss`, such as
             ``nn.CrossEntropyLoss()``.
         hidden: Hidden units of the temperature's network; 5 in the official code.
-        steps: Steps of Adam; 500 with ``lr=1e-4`` in the official code, which starts from another temperature.
+        steps: Steps of Adam; 500 in the official code, with ``lr=1e-4`` from another starting temperature.
         lr: Learning rate at the start; it falls to zero.
         batch_size: Examples a step; 1000 in the official code.
         weight_decay: Decoupled; raise it below some 2,000 calibration examples.
@@ -353,7 +353,7 @@ class CACalibrator:
         balanced: bool | float = True,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         hidden: int = 5,
-        steps: int = 1500,
+        steps: int = 500,
         lr: float = 1e-2,
         batch_size: int = 1000,
         weight_decay: float = 0.0,
