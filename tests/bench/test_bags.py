@@ -7,12 +7,13 @@ import torch
 
 from minimand.bench import Run, run
 from minimand.bench.bags import (
+    RHOS,
     BagLearner,
     Bags,
     LearnFromBags,
     bag_table,
     bags_study,
-    choose_rho,
+    choose,
     plug_in_rho,
     winner_code,
 )
@@ -133,9 +134,23 @@ def test_a_column_of_no_information_changes_nothing(write):
 
 def test_held_out_bags_choose_zero_without_noise_and_one_for_noise_alone():
     clean = linear_bags(60, 4, 5, noise=0.0)
-    assert choose_rho(LINEAR, clean, seed=0) == 0.0
+    candidates = [(rho, 0.0) for rho in RHOS]
+    assert choose(LINEAR, clean, candidates, seed=0) == (0.0, 0.0)
     noisy = linear_bags(24, 4, 10, noise=400.0)
-    assert choose_rho(LINEAR, noisy, seed=0) >= 0.5
+    assert choose(LINEAR, noisy, candidates, seed=0)[0] >= 0.5
+
+
+def test_penalty_is_ridge_regression_on_bag_means():
+    bags = linear_bags(30, 4, 6, noise=1.0)
+    fresh = torch.randn(50, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    # The penalty's row a coefficient shifts no other: centre the features and the labels, and solve by hand.
+    middle, mean = bags.inputs.mean(0), bags.target.mean()
+    means = bags.means(bags.inputs - middle)
+    scatter = 4 * means.T @ means
+    scale = 0.7 * scatter.trace() / 6
+    theta = torch.linalg.solve(scatter + scale * torch.eye(6, dtype=torch.float64), 4 * means.T @ (bags.target - mean))
+    expected = mean + (fresh - middle) @ theta
+    torch.testing.assert_close(LINEAR(bags, 0.0, 0, 0.7)(fresh), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("bags", [4000, 60])
@@ -203,7 +218,7 @@ def test_a_network_learns_from_unequal_bags_and_a_seed_decides_it(write):
 def test_study_runs_in_the_engine_on_the_built_in_data():
     results = run(bags_study(repeats=1), jobs=1)
     assert not results.failures
-    assert len(results.cells) == 25
+    assert len(results.cells) == 30
     assert all(np.isfinite(list(cell.outcome.metrics.values())).all() for cell in results.cells)
 
 

@@ -24,6 +24,8 @@ from .study import Metric, Outcome, Run, Study
 
 # Small values first: with many bags and little noise the best rho is a few hundredths.
 RHOS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+# As many as RHOS, so that both contenders that choose have the same budget.
+PENALTIES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 4.0, 10.0)
 
 BAG_ERROR = Metric("bag error", "lower is better")
 INSTANCE_ERROR = Metric("instance error", "lower is better")
@@ -207,11 +209,15 @@ class BagLearner:
         """Whether nothing is trained step by step."""
         return self.model == "linear" and self.loss == "mse"
 
-    def __call__(self, bags: Bags, rho: float, seed: int) -> Predictor:
-        """Return what maps ``(rows, features)`` to a prediction a row, float64."""
-        return _solve(bags, rho) if self.closed_form else self._train(bags, rho, seed)
+    def __call__(self, bags: Bags, rho: float, seed: int, penalty: float = 0.0) -> Predictor:
+        """Return what maps ``(rows, features)`` to a prediction a row, float64.
 
-    def _train(self, bags: Bags, rho: float, seed: int) -> Predictor:
+        ``penalty`` weighs squared coefficients, in units of a feature's mean square over bags, where there is
+        a closed form; elsewhere it is added to the recipe's weight decay.
+        """
+        return _solve(bags, rho, penalty) if self.closed_form else self._train(bags, rho, seed, penalty)
+
+    def _train(self, bags: Bags, rho: float, seed: int, penalty: float = 0.0) -> Predictor:
         make = training.linear if self.model == "linear" else functools.partial(training.mlp, hidden=(64, 64))
         model = training.seeded(lambda: make(bags.inputs.shape[1], 1), seed)
         centre, scale = 0.0, 1.0
@@ -221,7 +227,8 @@ class BagLearner:
         target = ((bags.target - centre) / scale).float()
         objective = functools.partial(_whole_bags, AggregateLoss(rho, loss=self.loss))  # type: ignore[arg-type]
         places = torch.arange(len(target))
-        training.fit(_Bagwise(model, bags), objective, places, target, recipe=self.recipe, seed=seed)
+        recipe = dataclasses.replace(self.recipe, weight_decay=self.recipe.weight_decay + penalty)
+        training.fit(_Bagwise(model, bags), objective, places, target, recipe=recipe, seed=seed)
 
         def predict(inputs: Tensor) -> Tensor:
             with torch.no_grad():
@@ -255,10 +262,12 @@ class LearnFromBags:
         rho: A number; ``"held-out bags"``: the rho of ``RHOS`` with the least error on bags held out of the
             training data; ``"formula"``: the best rho of linear theory for the signal and noise that the bag means
             show.
+        penalty: A number, or ``"held-out bags"``: that of ``PENALTIES`` chosen likewise.
     """
 
     learn: BagLearner
     rho: float | str
+    penalty: float | str = 0.0
 
     def __call__(self, data: BagSplit, run: Run) -> Outcome:
         """Learn and measure one cell."""
@@ -266,17 +275,20 @@ class LearnFromBags:
 
     def learn_from(self, bags: Bags, *, seed: int) -> tuple[Predictor, float]:
         """Return a predictor of rows, and the rho that it was learnt with."""
-        if self.rho == "held-out bags":
-            rho = choose_rho(self.learn, bags, seed=seed)
-        elif self.rho == "formula":
+        rho, penalty = self.rho, self.penalty
+        if rho == "formula":
             rho = plug_in_rho(bags)
-        else:
-            rho = float(self.rho)
-        return self.learn(bags, rho, seed), rho
+        rhos = RHOS if rho == "held-out bags" else (float(rho),)
+        penalties = PENALTIES if penalty == "held-out bags" else (float(penalty),)
+        candidates = [(one, other) for one in rhos for other in penalties]
+        chosen = choose(self.learn, bags, candidates, seed=seed) if len(candidates) > 1 else candidates[0]
+        return self.learn(bags, chosen[0], seed, chosen[1]), chosen[0]
 
 
-def choose_rho(learn: BagLearner, bags: Bags, *, seed: int, rhos: Sequence[float] = RHOS) -> float:
-    """Choose the rho whose predictions have the least squared error on the means of held-out bags.
+def choose(
+    learn: BagLearner, bags: Bags, candidates: Sequence[tuple[float, float]], *, seed: int
+) -> tuple[float, float]:
+    """Choose the (rho, penalty) whose predictions have the least squared error on the means of held-out bags.
 
     Five folds of the bags where learning has a closed form, else one quarter of them held out. For random bags the
     held-out error ranks models as their error on single rows does, up to the bags' noise.
@@ -284,14 +296,14 @@ def choose_rho(learn: BagLearner, bags: Bags, *, seed: int, rhos: Sequence[float
     count = len(bags.target)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     parts = min(5, count) if learn.closed_form else min(4, count)
-    errors = np.zeros(len(rhos))
+    errors = np.zeros(len(candidates))
     for part in range(parts if learn.closed_form else 1):
         held = torch.zeros(count, dtype=torch.bool)
         held[order[part::parts]] = True
         rest, test = bags.take(~held), bags.take(held)
-        for place, rho in enumerate(rhos):
-            errors[place] += float((_bag_errors(learn(rest, rho, seed), test)).sum())
-    return rhos[int(errors.argmin())]
+        for place, (rho, penalty) in enumerate(candidates):
+            errors[place] += float(_bag_errors(learn(rest, rho, seed, penalty), test).sum())
+    return candidates[int(errors.argmin())]
 
 
 def plug_in_rho(bags: Bags) -> float:
@@ -396,6 +408,7 @@ def bags_study(
             "bag loss": LearnFromBags(learn, 0.0),
             "instance loss": LearnFromBags(learn, 1.0),
             "mean label": PredictMean(),
+            "bag loss, ridge": LearnFromBags(learn, 0.0, penalty="held-out bags"),
             "interpolation, held-out bags": LearnFromBags(learn, "held-out bags"),
             "interpolation, formula": LearnFromBags(learn, "formula"),
         },
@@ -463,11 +476,20 @@ def _whole_bags(loss: AggregateLoss, output: tuple[Tensor, Tensor], target: Tens
     return loss(predictions, target, bag)
 
 
-def _solve(bags: Bags, rho: float) -> Predictor:
+def _solve(bags: Bags, rho: float, penalty: float) -> Predictor:
     rotation, rotated = _rotate(bags.inputs)
     centre = bags.inputs.double().mean(0)
     design = torch.cat([torch.ones(len(rotated), 1, dtype=torch.float64), rotated], dim=1)
-    theta = ols(design, bags.target, bags.bag, rho=rho)
+    target, bag, features = bags.target, bags.bag, rotated.shape[1]
+    if penalty > 0 and features:
+        # One row a coefficient, alone in its bag and with label 0, is the ridge penalty.
+        means = bags.means(rotated)
+        mean_square = float((bags.sizes().double()[:, None] * means.square()).sum()) / features
+        ridge = (penalty * mean_square) ** 0.5 * torch.eye(features, features + 1, dtype=torch.float64).roll(1, 1)
+        design = torch.cat([design, ridge])
+        bag = torch.cat([bag, len(target) + torch.arange(features)])
+        target = torch.cat([target, target.new_zeros(features)])
+    theta = ols(design, target, bag, rho=rho)
     return lambda inputs: theta[0] + (inputs.double() - centre) @ rotation @ theta[1:]
 
 

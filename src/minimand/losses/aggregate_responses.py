@@ -370,12 +370,13 @@ def _log_mean_exp(values: Tensor, bag: Tensor | None, sizes: Tensor | int) -> Te
     assert isinstance(sizes, Tensor)
     lowest = torch.full_like(values[:1], -math.inf).expand(len(sizes))
     peak = lowest.scatter_reduce(0, bag, values.detach(), "amax")
-    return _bag_mean((values - peak[bag]).exp(), bag, sizes).log() + peak
+    return _bag_mean((values - _spread(peak, bag)).exp(), bag, sizes).log() + peak
 
 
 def _spread(per_bag: Tensor, bag: Tensor | None) -> Tensor:
     """Give each row its bag's number."""
-    return per_bag[:, None] if bag is None else per_bag[bag]
+    # index_select: its backward adds rows up, where that of per_bag[bag] sorts them first.
+    return per_bag[:, None] if bag is None else per_bag.index_select(0, bag)
 
 
 def _count_bags(bag: Tensor) -> int:
@@ -403,6 +404,7 @@ def _bag_sizes(input: Tensor, bag: Tensor | None, bags: int) -> Tensor | int:
         (low >= 0) & (high < bags),
         lambda: f"bag must hold ids in [0, {bags - 1}], got values from {int(low)} to {int(high)}",
     )
-    sizes = torch.zeros(bags, dtype=torch.int64, device=bag.device).index_add(0, bag, torch.ones_like(bag).long())
+    one = torch.ones(1, dtype=torch.float64, device=bag.device)
+    sizes = torch.zeros(bags, dtype=torch.float64, device=bag.device).index_add(0, bag, one.expand(len(bag)))
     checks.require(sizes > 0, lambda: f"every bag needs a row: bag {int((sizes == 0).nonzero()[0])} of {bags} has none")
     return sizes
