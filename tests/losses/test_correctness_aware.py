@@ -96,7 +96,10 @@ def test_slopes_in_the_inverse_temperature_are_the_derived_ones():
     confidence = p.gather(1, predicted)[:, 0]
     slope = confidence * (chosen - mean)
     torch.testing.assert_close(
-        torch.func.jacfwd(lambda s: torch.softmax(s * logits, 1).gather(1, predicted)[:, 0])(s), slope, rtol=0, atol=1e-10
+        torch.func.jacfwd(lambda s: torch.softmax(s * logits, 1).gather(1, predicted)[:, 0])(s),
+        slope,
+        rtol=0,
+        atol=1e-10,
     )
     assert (slope >= 0).all()
     right = (predicted[:, 0] == target).to(F64)
