@@ -30,7 +30,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .. import checks
-from ..numerics import categorical_kl
 from ..reduction import Reduction, class_rows, reduce
 from .loss import Loss
 
@@ -60,7 +59,7 @@ def trajectory_kl(
         A scalar, or one number an example.
 
     Raises:
-        ValueError: If the shapes differ, or a score is NaN. A class may score minus infinity on both sides.
+        ValueError: If the shapes differ, or a score is NaN or infinite.
 
     Example:
         >>> trajectory_kl(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
@@ -77,7 +76,7 @@ def trajectory_kl(
     if input.dim() < 2:
         raise ValueError(f"input must have shape (batch, classes, *), got {tuple(input.shape)}")
     checks.not_empty(input, "input")
-    checks.require(~reference.isnan(), lambda: "reference contains NaN")
+    checks.finite(reference, "reference")
     shape = (input.shape[0], *input.shape[2:])
     term = _trajectory(_rows(input), _rows(reference), temperature)
     return reduce(term, reduction, shape=shape)
@@ -203,10 +202,12 @@ class SAFLoss(Loss):
             context["index"] = index
         losses = _base_losses(self.base, rows, labels, target.shape, context)
         if self.training or index is not None:
-            losses = losses + self.strength * self.trajectory(rows, index)
+            epoch, place = self._place(rows, index)
+            if self._acts(epoch):
+                losses = losses + self._term(rows, epoch, place, self.strength)
         total = reduce(losses, self.reduction, row_weight=row_weight, shape=target.shape)
         if self.training:
-            self.remember(rows, index)
+            self._keep(rows, epoch, place)
         return total
 
     def trajectory(
@@ -214,23 +215,11 @@ class SAFLoss(Loss):
     ) -> Float[Tensor, " batch"]:
         """Compute the trajectory term of each example, without remembering: for losses of one's own."""
         epoch, place = self._place(input, index)
-        if epoch <= self.after_epoch or (self.before_epoch is not None and epoch >= self.before_epoch):
-            return input.new_zeros(len(input))
-        wanted = epoch - self.lag
-        slot = wanted % (self.lag + 1)
-        reference = self.outputs[slot, place].to(input)
-        known = (self.written[slot, place] == wanted).to(input.device)
-        term = _trajectory(input, reference, self.temperature)
-        return torch.where(known, term, torch.zeros_like(term))
+        return self._term(input, epoch, place, 1.0) if self._acts(epoch) else input.new_zeros(len(input))
 
-    @torch.no_grad()
     def remember(self, input: Float[Tensor, "batch classes"], index: Int[Tensor, " batch"] | None) -> None:
         """Keep the scores of this epoch, as :meth:`forward` does in training mode."""
-        epoch, place = self._place(input, index)
-        slot = epoch % (self.lag + 1)
-        # A shift of the scores changes no probability, and puts the ones that matter where float16 is finest.
-        self.outputs[slot, place] = (input - input.amax(1, keepdim=True)).to(self.outputs)
-        self.written[slot, place] = epoch
+        self._keep(input, *self._place(input, index))
 
     def link(self, input: Tensor) -> Tensor:
         """Return the base loss's probabilities."""
@@ -247,6 +236,24 @@ class SAFLoss(Loss):
             raise RuntimeError("start_epoch(epoch) must be called at the start of every epoch")
         assert index is not None
         return self.epoch, index.to(self.outputs.device)
+
+    def _acts(self, epoch: int) -> bool:
+        return epoch > self.after_epoch and (self.before_epoch is None or epoch < self.before_epoch)
+
+    def _term(self, input: Tensor, epoch: int, place: Tensor, scale: float) -> Tensor:
+        wanted = epoch - self.lag
+        slot = wanted % (self.lag + 1)
+        reference = self.outputs[slot].index_select(0, place).to(input)
+        known = self.written[slot].index_select(0, place) == wanted
+        return _trajectory(input, reference, self.temperature, (scale * known).to(input.device))
+
+    @torch.no_grad()
+    def _keep(self, input: Tensor, epoch: int, place: Tensor) -> None:
+        slot = epoch % (self.lag + 1)
+        # A shift of the scores changes no probability, and puts the ones that matter where float16 is finest.
+        shifted = (input - input.amax(1, keepdim=True)).clamp_min_(torch.finfo(self.outputs.dtype).min)
+        self.outputs[slot].index_copy_(0, place, shifted.to(self.outputs))
+        self.written[slot].index_fill_(0, place, epoch)
 
     def _allocate(self, samples: int, classes: int) -> None:
         slots = self.lag + 1
@@ -410,13 +417,19 @@ class MESALoss(Loss):
 
 
 def _trajectory(
-    input: Float[Tensor, "rows classes"], reference: Float[Tensor, "rows classes"], temperature: float
+    input: Float[Tensor, "rows classes"],
+    reference: Float[Tensor, "rows classes"],
+    temperature: float,
+    scale: Float[Tensor, " rows"] | float = 1.0,
 ) -> Float[Tensor, " rows"]:
+    """Compute the term of each row, times a constant ``scale``, on which no gradient step is spent."""
     # A half-precision logarithm is coarser than the term itself.
     wide = torch.promote_types(input.dtype, torch.float32)
     log_p = torch.log_softmax(reference.detach().to(wide) / temperature, dim=-1)
     log_q = torch.log_softmax(input.to(wide) / temperature, dim=-1)
-    return (temperature**2 * categorical_kl(log_p, log_q)).to(input.dtype)
+    scale = temperature**2 * scale
+    force = log_p.exp() * (scale[:, None].to(wide) if isinstance(scale, Tensor) else scale)
+    return (force * (log_p - log_q)).sum(-1).to(input.dtype)
 
 
 def _rows(scores: Tensor) -> Tensor:
