@@ -177,10 +177,9 @@ class TempNetContrastiveLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Compute both losses with the rows of ``similarity`` as anchors, and move ``log_sums``."""
         batch = len(similarity)
-        gaps = similarity - similarity.diagonal()[:, None]
+        own = torch.eye(batch, dtype=torch.bool, device=similarity.device)
         with torch.no_grad():
-            exponents = gaps / temperature.detach()[:, None]
-            own = torch.eye(batch, dtype=torch.bool, device=gaps.device)
+            exponents = (similarity - similarity.diagonal()[:, None]) / temperature[:, None]
             log_sum = torch.logsumexp(exponents.masked_fill(own, -math.inf), dim=1)
             old = log_sums[index].to(log_sum.dtype)
             memory = math.log1p(-self.momentum) if self.momentum < 1 else -math.inf
@@ -188,6 +187,8 @@ class TempNetContrastiveLoss(nn.Module):
             log_sum = torch.where(torch.isinf(old), log_sum, moved)
             if self.training:
                 log_sums[index] = log_sum.to(log_sums.dtype)
-            weights = torch.exp(exponents - log_sum[:, None]).masked_fill(own, 0.0)
+            weights = torch.exp(exponents - log_sum[:, None]).masked_fill_(own, 0.0)
             slope = log_sum - math.log(batch - 1) + self.radius - (weights * exponents).sum(1)
-        return (weights * gaps).sum(1).mean(), (temperature * slope.to(temperature.dtype)).mean()
+            # sum_j w_ij (S_ij - S_ii) as one product with S, so that the gaps need no backward of their own.
+            weights -= torch.diag(weights.sum(1))
+        return (weights * similarity).sum() / batch, (temperature * slope.to(temperature.dtype)).mean()
