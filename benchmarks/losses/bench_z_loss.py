@@ -25,9 +25,7 @@ def _free():
 def layer_of(classes):
     torch.manual_seed(0)
     # Stabilising costs O(classes) now and then: timed on its own below.
-    return FactoredSphericalLinear(
-        FEATURES, num_classes=classes, loss=ZLoss(), bias=False, stabilise_period=10**9
-    )
+    return FactoredSphericalLinear(FEATURES, num_classes=classes, loss=ZLoss(), bias=False, stabilise_period=10**9)
 
 
 class Factored:
@@ -38,6 +36,7 @@ class Factored:
         self.generator = torch.Generator().manual_seed(1)
 
     def __call__(self):
+        """Take one step."""
         hidden = torch.randn(BATCH, FEATURES, generator=self.generator).requires_grad_()
         target = torch.randint(self.layer.num_classes, (BATCH,), generator=self.generator)
         self.layer(hidden, target).backward()
@@ -54,6 +53,7 @@ class DenseInPlace:
         self.generator = torch.Generator().manual_seed(1)
 
     def __call__(self):
+        """Take one step."""
         hidden = torch.randn(BATCH, FEATURES, generator=self.generator)
         target = torch.randint(len(self.weight), (BATCH,), generator=self.generator)
         torch.mm(hidden, self.weight.T, out=self.scores)
@@ -77,6 +77,7 @@ class DenseAutograd:
         self.generator = torch.Generator().manual_seed(1)
 
     def __call__(self):
+        """Take one step."""
         hidden = torch.randn(BATCH, FEATURES, generator=self.generator).requires_grad_()
         target = torch.randint(len(self.weight), (BATCH,), generator=self.generator)
         torch.nn.functional.cross_entropy(hidden @ self.weight.T, target).backward()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 
-from minimand.losses import SphericalLoss, SphericalSoftmaxLoss, SquaredErrorLoss, TaylorSoftmaxLoss, ZLoss, z_loss
+from minimand.losses import SphericalLoss, SphericalSoftmaxLoss, SquaredErrorLoss, TaylorSoftmaxLoss, ZLoss, zloss
 
 F64 = torch.float64
 FAMILY = {
@@ -38,7 +38,7 @@ def gradient(loss, scores, target):
 def test_z_loss_is_the_softplus_of_the_targets_z_score():
     scores, target = batch()
     z = z_scores(scores).gather(1, target[:, None])[:, 0]
-    losses = z_loss(scores, target, sharpness=0.7, margin=2.0, eps=1e-16, reduction="none")
+    losses = zloss(scores, target, sharpness=0.7, margin=2.0, eps=1e-16, reduction="none")
     expected = torch.log1p(torch.exp(0.7 * (2.0 - z))) / 0.7
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
 
@@ -46,8 +46,8 @@ def test_z_loss_is_the_softplus_of_the_targets_z_score():
 @given(shift=st.floats(-1e3, 1e3), scale=st.floats(0.1, 1e3), seed=st.integers(0, 99))
 def test_z_loss_ignores_a_shift_and_a_positive_scale_of_the_scores(shift, scale, seed):
     scores, target = batch(rows=8, seed=seed)
-    moved = z_loss(scale * scores + shift, target, margin=2.0, eps=1e-16, reduction="none")
-    still = z_loss(scores, target, margin=2.0, eps=1e-16, reduction="none")
+    moved = zloss(scale * scores + shift, target, margin=2.0, eps=1e-16, reduction="none")
+    still = zloss(scores, target, margin=2.0, eps=1e-16, reduction="none")
     torch.testing.assert_close(moved, still, rtol=0, atol=1e-10)
 
 
@@ -86,17 +86,17 @@ def test_z_loss_is_least_where_the_target_alone_stands_out():
 def test_z_loss_is_a_hinge_when_sharp_and_a_straight_line_when_blunt():
     scores, target = batch()
     z = z_scores(scores).gather(1, target[:, None])[:, 0]
-    sharp = z_loss(scores, target, sharpness=1e6, margin=1.0, reduction="none")
+    sharp = zloss(scores, target, sharpness=1e6, margin=1.0, reduction="none")
     torch.testing.assert_close(sharp, (1.0 - z).clamp_min(0), rtol=0, atol=1e-6)
-    blunt = z_loss(scores, target, sharpness=1e-6, margin=1.0, reduction="none")
+    blunt = zloss(scores, target, sharpness=1e-6, margin=1.0, reduction="none")
     torch.testing.assert_close(blunt - math.log(2) / 1e-6, (1.0 - z) / 2, rtol=0, atol=1e-5)
 
 
 def test_z_loss_in_float32_survives_scores_whose_mean_dwarfs_their_spread():
     scores, target = batch()
-    exact = z_loss(scores, target, reduction="none")
+    exact = zloss(scores, target, reduction="none")
     shifted = (scores + 4096.0).float()
-    torch.testing.assert_close(z_loss(shifted, target, reduction="none"), exact.float(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(zloss(shifted, target, reduction="none"), exact.float(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -178,8 +178,8 @@ def test_every_member_is_a_spherical_loss_and_cross_entropy_is_none():
         (lambda: ZLoss(margin=float("nan")), "margin"),
         (lambda: ZLoss(eps=0.0), "eps"),
         (lambda: SphericalSoftmaxLoss(0.0), "eps"),
-        (lambda: z_loss(torch.randn(3, 2), torch.tensor([0, 1, 0])), "at least 3 classes"),
-        (lambda: z_loss(torch.randn(3, 4), torch.tensor([0, 4, 0])), "target must hold"),
+        (lambda: zloss(torch.randn(3, 2), torch.tensor([0, 1, 0])), "at least 3 classes"),
+        (lambda: zloss(torch.randn(3, 4), torch.tensor([0, 4, 0])), "target must hold"),
     ],
 )
 def test_bad_settings_two_classes_and_a_target_out_of_range_are_refused(make, message):

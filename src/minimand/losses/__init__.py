@@ -30,7 +30,7 @@ from .symmetric_cross_entropy import SymmetricCrossEntropyLoss
 from .tempnet import RobustTemperatureLoss, TempNet, exact_temperature, robust_temperature_loss
 from .tempnet_contrastive import ContrastiveOut, TempNetContrastiveLoss
 from .trades import trades_loss
-from .z_loss import SphericalLoss, SphericalSoftmaxLoss, SquaredErrorLoss, TaylorSoftmaxLoss, ZLoss, z_loss
+from .z_loss import SphericalLoss, SphericalSoftmaxLoss, SquaredErrorLoss, TaylorSoftmaxLoss, ZLoss, zloss
 
 __all__ = [
     "ALDRKLLoss",
@@ -83,5 +83,5 @@ __all__ = [
     "trades_loss",
     "trajectory_kl",
     "within_bag_variance",
-    "z_loss",
+    "zloss",
 ]

@@ -72,7 +72,7 @@ class SphericalLoss(Protocol):
         ...
 
 
-def z_loss(
+def zloss(
     input: Float[Tensor, "batch classes *spatial"],
     target: Int[Tensor, "batch *spatial"],
     *,
@@ -92,7 +92,7 @@ def z_loss(
         sharpness: The paper's a, above 0: large makes a hinge :math:`\max(0, b - z_c)`, small a straight line.
             The official timing script uses 1.
         margin: The paper's b: the z-score asked of the target, which cannot exceed sqrt(classes - 1). The
-            paper tunes it; 10 was best on a mixture of 500 classes, and is this library's default.
+            paper tunes it for each k of its top-k errors; 10 is this library's default.
         eps: Added to the variance of the scores.
         weight: One weight a class, or None.
         ignore_index: Examples with this target count for nothing.
@@ -106,7 +106,7 @@ def z_loss(
 
     Example:
         >>> scores = torch.tensor([[3.0, 0.0, 0.0]])  # z-scores sqrt(2), -1/sqrt(2), -1/sqrt(2)
-        >>> z_loss(scores, torch.tensor([0]), margin=2**0.5)  # log 2
+        >>> zloss(scores, torch.tensor([0]), margin=2**0.5)  # log 2
         tensor(0.6931)
 
     Source:
@@ -169,7 +169,7 @@ class ZLoss(Loss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
         """Compute the loss of scores ``(batch, classes, *)`` and class indices ``(batch, *)``."""
-        return z_loss(
+        return zloss(
             input,
             target,
             sharpness=self.sharpness,
