@@ -18,6 +18,7 @@ from . import charts
 from .numbers import DASH, decimals, duration, factor, finite, interval, number, p_value, scaled, tight
 
 _HERE = pathlib.Path(__file__).parent
+_PHONE_LINE = 34
 _NEEDED = ("metrics", "contenders", "baseline", "cells", "summary")
 
 
@@ -195,10 +196,18 @@ def _metric(record: Mapping[str, Any], metric: Mapping[str, Any]) -> dict[str, A
     across = charts.scale(every)
     for row in rows:
         row["dots"] = [{**dot, "x": across(dot["value"])} for dot in dots.get(row["name"], [])]
+    letters = [
+        len(number(row["mean"], view["places"]) + interval(row["low"], row["high"], view["places"]))
+        + len(number(row["gain"], view["gain_places"], signed=True))
+        + len(interval(row["gain_low"], row["gain_high"], view["gain_places"], signed=True))
+        for row in rows
+    ]
     baseline = next((row["mean"] for row in rows if row["standing"] == "baseline"), None)
     return {
         **view,
         "baseline": baseline,
+        # On a phone, two numbers and their intervals share a line if they are short.
+        "stacked": max(letters) > _PHONE_LINE,
         "small": charts.scale(ends),
         "across": across,
         "cost": charts.cost(rows, view["sign"]),
