@@ -140,7 +140,7 @@ study = Study(
             says="on clean labels SAF is at most 1 point worse than SGD",
         ),
     ),
-    seeds=5,
+    seeds=10,
     test_train_ratio=997 / 800,
     about="scikit-learn digits, 800 training and 997 test images, training labels replaced at random.",
     notes=(
