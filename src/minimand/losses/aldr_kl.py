@@ -73,7 +73,7 @@ def ldr_kl_loss(
     checks.positive(temperature, "temperature")
     checks.non_negative(margin, "margin")
     rows, labels, row_weight = class_rows(input, target, weight=weight, ignore_index=ignore_index)
-    losses = _ldr_kl(_gaps(normalize_scores(rows, normalize), labels, margin), temperature)
+    losses = _ldr_kl(normalize_scores(rows, normalize), labels, margin, temperature)
     return reduce(losses, reduction, row_weight=row_weight, shape=target.shape)
 
 
@@ -104,16 +104,26 @@ def aldr_temperature(
     z = (z - z.amax(-1, keepdim=True)).to(torch.promote_types(z.dtype, torch.float32))
     log_classes = math.log(z.shape[-1])
     strength = alpha * log_classes / temperature
-    top = torch.full_like(z[:, 0], temperature)
-    bottom = torch.full_like(z[:, 0], temperature * (1 - 1 / alpha))
-    for _ in range(iterations):
-        top = temperature - _kl_from_uniform(z, top) / strength
-        bottom = temperature - _kl_from_uniform(z, bottom) / strength
+    tolerance = 4 * torch.finfo(z.dtype).eps * temperature
+
+    def step(value: Tensor) -> Tensor:
+        return temperature - _kl_from_uniform(z, value) / strength
+
+    def settle(value: Tensor) -> Tensor:
+        for _ in range(iterations):
+            previous, value = value, step(value)
+            # Only eager code on a CPU may look at the value without a stall.
+            if checks.values_readable(value) and value.device.type == "cpu":
+                if bool(((value - previous).abs() <= tolerance).all()):
+                    break
+        return value
 
     def objective(value: Tensor) -> Tensor:
         smooth_max = value * (torch.logsumexp(z / value[:, None], dim=-1) - log_classes)
         return smooth_max - strength / 2 * (value - temperature) ** 2
 
+    top = settle(torch.full_like(z[:, 0], temperature))
+    bottom = settle(torch.full_like(z[:, 0], temperature * (1 - 1 / alpha)))
     return torch.where(objective(top) >= objective(bottom), top, bottom).to(scores.dtype)
 
 
@@ -264,10 +274,12 @@ class ALDRKLLoss(Loss):
         """
         rows, labels, row_weight = class_rows(input, target, weight=self.weight, ignore_index=self.ignore_index)
         scores = normalize_scores(rows, self.normalize)
-        gaps = _gaps(scores, labels, self.margin)
-        temperature = self._temperature(gaps if self.margin_in_temperature else scores, target, index)
+        judged = scores
+        if self.margin_in_temperature:
+            judged = scores.scatter_add(1, labels[:, None], torch.full_like(scores[:, :1], -self.margin))
+        temperature = self._temperature(judged, target, index)
         strength = self.alpha * math.log(rows.shape[1]) / self.temperature
-        losses = _ldr_kl(gaps, temperature) - strength / 2 * (temperature - self.temperature) ** 2
+        losses = _ldr_kl(scores, labels, self.margin, temperature) - strength / 2 * (temperature - self.temperature) ** 2
         return reduce(losses, self.reduction, row_weight=row_weight, shape=target.shape)
 
     def link(self, input: Tensor) -> Tensor:
@@ -291,18 +303,24 @@ class ALDRKLLoss(Loss):
         return new
 
 
-def _gaps(scores: Tensor, labels: Tensor, margin: float) -> Tensor:
-    """Return f_k - f_y + c [k != y]: zero at the target."""
-    own = scores.gather(1, labels[:, None])
-    is_target = torch.arange(scores.shape[1], device=scores.device) == labels[:, None]
-    return torch.where(is_target, torch.zeros_like(scores), scores - own + margin)
+def _ldr_kl(scores: Tensor, labels: Tensor, margin: float, temperature: float | Tensor) -> Tensor:
+    """Return lambda log mean_k exp((f_k - f_y + c [k != y]) / lambda).
 
-
-def _ldr_kl(gaps: Tensor, temperature: float | Tensor) -> Tensor:
+    The margin on every class but the target is a margin taken from the target, so this is torch's fused
+    cross-entropy of shifted, scaled scores.
+    """
     per_row = temperature[:, None] if isinstance(temperature, Tensor) else temperature
-    return temperature * (torch.logsumexp(gaps / per_row, dim=-1) - math.log(gaps.shape[1]))
+    scaled = scores / per_row if isinstance(temperature, Tensor) or temperature != 1 else scores
+    if margin:
+        shift = (-margin / per_row) if isinstance(per_row, Tensor) else torch.full_like(scores[:, :1], -margin / per_row)
+        scaled = scaled.scatter_add(1, labels[:, None], shift.to(scaled.dtype))
+    return temperature * (F.cross_entropy(scaled, labels, reduction="none") - math.log(scores.shape[1]))
 
 
 def _kl_from_uniform(scores: Tensor, temperature: Tensor) -> Tensor:
-    log_p = torch.log_softmax(scores / temperature[:, None], dim=-1)
-    return torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1) + math.log(scores.shape[1])
+    """Return KL(softmax(scores / temperature) || uniform) of each row."""
+    scaled = scores / temperature[:, None]
+    scaled = scaled - scaled.amax(-1, keepdim=True)
+    weight = scaled.exp()
+    total = weight.sum(-1)
+    return (weight * scaled).sum(-1) / total - total.log() + math.log(scores.shape[1])
