@@ -41,4 +41,4 @@ def comp_sum(log_probability: Float[Tensor, "*shape"], tau: float) -> Float[Tens
         return torch.expm1(z) / (1 - tau)
     ceiling = 0.5 * math.log(torch.finfo(z.dtype).max)
     beyond = torch.relu(z - ceiling)
-    return (torch.expm1(z.clamp_max(ceiling)) + math.exp(ceiling) * beyond) / (1 - tau)
+    return torch.add(torch.expm1(z - beyond), beyond, alpha=math.exp(ceiling)) / (1 - tau)
