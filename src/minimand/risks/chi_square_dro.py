@@ -53,15 +53,15 @@ def chi_square_dro_weights(losses: Float[Tensor, " batch"], *, radius: float) ->
     size = len(losses)
     if radius == 0:
         return torch.full_like(losses.detach(), 1 / size)
-    x = losses.detach().to(solver_dtype(losses))
-    top = x.amax()
-    spread = top - x.amin()
+    # Sorted before it is made double, since sorting costs most.
+    ordered = losses.detach().sort(descending=True).values.to(solver_dtype(losses))
+    top, spread = ordered[0], ordered[0] - ordered[-1]
+    scale = torch.where(spread > 0, spread, torch.ones_like(spread))
     # Measured from the largest loss, so that the sums keep their digits where the largest ones are close together.
-    x = (x - top) / torch.where(spread > 0, spread, torch.ones_like(spread))
+    ordered = (ordered - top) / scale
+    x = (losses.detach().to(ordered.dtype) - top) / scale
     at_top = (x == 0).to(x.dtype)
     saturated = (1 + radius) * at_top.sum() >= size
-
-    ordered = x.sort(descending=True).values
     count = torch.arange(1, size + 1, dtype=x.dtype, device=x.device)
     first, second = ordered.cumsum(0), ordered.square().cumsum(0)
     excess = first - count * ordered

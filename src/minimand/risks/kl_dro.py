@@ -67,15 +67,17 @@ def kl_dro_weights(losses: Float[Tensor, " batch"], *, radius: float) -> Float[T
     low = torch.full_like(top, math.sqrt(8 * radius))
     high = torch.clamp(low, min=1.0) * 2.0**80
     beta = (2 * radius / x.var(correction=0).clamp_min(1e-300)).sqrt().clamp(low, high)
-    goal = math.sqrt(radius)
+    goal, square = math.sqrt(radius), x.square()
     for _ in range(_ITERATIONS):
-        q = torch.softmax(beta * x, dim=-1)
-        mean = (q * x).sum()
-        kl = (beta * mean - (torch.logsumexp(beta * x, dim=-1) - math.log(len(losses)))).clamp_min(0)
+        # The largest x is 0, so this is a softmax that cannot overflow.
+        unscaled = (beta * x).exp()
+        total = unscaled.sum()
+        mean = (unscaled @ x) / total
+        variance = (unscaled @ square) / total - mean.square()
+        kl = (beta * mean - (total / len(losses)).log()).clamp_min(0)
         low, high = torch.where(kl < radius, beta, low), torch.where(kl < radius, high, beta)
         root = kl.sqrt()
-        step = (root - goal) * 2 * root / (beta * (q * (x - mean).square()).sum())
-        newton = beta - step
+        newton = beta - (root - goal) * 2 * root / (beta * variance)
         trusted = (newton > low) & (newton < high)
         previous, beta = beta, torch.where(trusted, newton, (low * high).sqrt())
         # Only eager code on a CPU may look at the value without a stall; elsewhere the steps are few anyhow.
