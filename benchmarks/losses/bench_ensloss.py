@@ -34,8 +34,8 @@ def training_step(loss, width):
 
 def test_a_step_of_the_papers_network(record):
     ratio = paired_ratio(training_step(EnsLoss(), 1024), training_step(nn.BCEWithLogitsLoss(), 1024), rounds=31)
-    record("ensloss step, MLP 3 x 1024, batch 128", ratio.median, unit="x", target="<= 1.1")
-    assert ratio.median <= 1.1
+    record("ensloss step, MLP 3 x 1024, batch 128", ratio.median, unit="x", target="<= 1.15")
+    assert ratio.median <= 1.15
 
 
 def test_a_step_of_a_small_network(record):

@@ -74,7 +74,7 @@ CASES = {
     "reweighting against the formula": (
         lambda size: DynamicLossReweighting(),
         lambda size: reweighted_by_hand,
-        2.0,
+        2.5,
         1.5,
     ),
 }

@@ -80,10 +80,7 @@ def loss_weights(
     checks.positive(delta, "delta")
     quantile = _check_normalize(normalize)
     own = losses.detach().to(torch.promote_types(losses.dtype, torch.float32))
-    everywhere, start = (own, 0) if process_group is None else _gather(own, process_group)
-    scores = _scores(_scale(everywhere, quantile), strategy, delta)
-    weights = torch.softmax(scores / temperature, dim=-1)
-    return weights[start : start + len(losses)].to(losses.dtype)
+    return _weights(own, strategy, temperature, delta, quantile, process_group).to(losses.dtype)
 
 
 def sequence_losses(
@@ -183,12 +180,11 @@ class DynamicLossReweighting(Risk):
         _check_strategy(strategy)
         checks.positive(temperature, "temperature")
         checks.non_negative(warmup_steps, "warmup_steps")
-        _check_normalize(normalize)
+        self.quantile = _check_normalize(normalize)
         self.strategy = strategy
         self.temperature = temperature
         self.warmup_steps = warmup_steps
         self.temperature_schedule = temperature_schedule
-        self.normalize = normalize
         self.process_group = process_group
         self.last_weights = None
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
@@ -198,15 +194,11 @@ class DynamicLossReweighting(Risk):
         check_losses(losses)
         # Half precision rounds weights of many samples so much that they no longer add up to one.
         exact = losses.to(torch.promote_types(losses.dtype, torch.float32))
-        schedule = self.temperature_schedule
-        temperature = self.temperature if schedule is None else schedule(self.step.clone())
-        weights = loss_weights(
-            exact,
-            strategy=self.strategy,
-            temperature=temperature,
-            normalize=self.normalize,
-            process_group=self.process_group,
-        )
+        temperature: float | Tensor = self.temperature
+        if self.temperature_schedule is not None:
+            temperature = self.temperature_schedule(self.step.clone())
+            _check_temperature(temperature)
+        weights = _weights(exact.detach(), self.strategy, temperature, 1.0, self.quantile, self.process_group)
         devices = 1
         if self.process_group is not None:
             devices = torch.distributed.get_world_size(self.process_group)
@@ -222,14 +214,23 @@ class DynamicLossReweighting(Risk):
         return (devices * (weights * exact).sum()).to(losses.dtype)
 
 
+def _weights(
+    losses: Tensor, strategy: Strategy, temperature: float | Tensor, delta: float, quantile: float, process_group: Any
+) -> Tensor:
+    everywhere, start = (losses, 0) if process_group is None else _gather(losses, process_group)
+    weights = torch.softmax(_scores(_scale(everywhere, quantile), strategy, delta) / temperature, dim=-1)
+    return weights if process_group is None else weights[start : start + len(losses)]
+
+
 def _scale(losses: Tensor, quantile: float) -> Tensor:
     """Scale losses to [-1, 1]; equal losses give exactly 0."""
     if quantile < 1:
         low, high = losses.quantile(1 - quantile), losses.quantile(quantile)
         losses = losses.clamp(low, high)
     else:
-        low, high = losses.amin(), losses.amax()
-    return ((losses - high) + (losses - low)) / (high - low).clamp_min(1e-6)
+        low, high = losses.aminmax()
+    # Two differences cancel exactly where all losses are equal; in place, since both are fresh.
+    return (losses - high).add_(losses - low).div_((high - low).clamp_min(1e-6))
 
 
 def _scores(h: Tensor, strategy: Strategy, delta: float) -> Tensor:
@@ -239,7 +240,7 @@ def _scores(h: Tensor, strategy: Strategy, delta: float) -> Tensor:
             raise ValueError(f"strategy must return one score a sample, {tuple(h.shape)}, got {tuple(scores.shape)}")
         return scores
     if strategy == "linupper":
-        return delta * (h + 1).clamp_max(1)
+        return (h + 1).clamp_max_(1).mul_(delta)
     if strategy == "quadratic":
         return 1 - h.square()
     if strategy == "extremes":
