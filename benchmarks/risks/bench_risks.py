@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.timing import paired_ratio
-from minimand.risks import KLDRO, ChiSquareDRO, CVaR, DynamicLossReweighting, GroupDRO, Mean
+from minimand.risks import KLDRO, ChiSquareDRO, CVaR, GroupDRO, Mean
 
 SMALL, HUGE = 64, 65_536
 
@@ -56,13 +56,6 @@ def by_groups(groups, group):
     return risk
 
 
-def reweighted_by_hand(losses):
-    """LinUpper as in the paper's formula, without checks, warm-up or state."""
-    x = losses.detach()
-    h = (2 * x - x.max() - x.min()) / (x.max() - x.min()).clamp_min(1e-6)
-    return (torch.softmax((h + 1).clamp_max(1), 0) * losses).sum()
-
-
 # Each against the plain PyTorch that one would write for it. At 64 the limits leave room for the argument checks, which
 # read the losses once; what they cost in training is the absolute figure, which is also recorded.
 CASES = {
@@ -71,12 +64,6 @@ CASES = {
     "cvar against sort": (lambda size: CVaR(0.9), lambda size: by_sort, 4.0, 1.0),
     "kl-dro against bisection": (lambda size: KLDRO(0.1), lambda size: solved_by_bisection(0.1), 1.0, 1.0),
     "chi-square dro against sort": (lambda size: ChiSquareDRO(0.5), lambda size: by_sort, 20.0, 6.0),
-    "reweighting against the formula": (
-        lambda size: DynamicLossReweighting(),
-        lambda size: reweighted_by_hand,
-        2.5,
-        1.5,
-    ),
 }
 
 

@@ -12,6 +12,7 @@ class Mean(Risk):
     """The average loss.
 
     Example:
+        >>> import torch
         >>> Mean()(torch.tensor([1.0, 3.0]))
         tensor(2.)
     """
