@@ -48,4 +48,6 @@ def pytest_sessionfinish():
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     ran = {figure["benchmark"] for figure in FIGURES}
     kept = [figure for figure in stored if figure["benchmark"] not in ran]
-    RESULTS.write_text(json.dumps(sorted([*kept, *FIGURES], key=lambda f: (f["benchmark"], f["name"])), indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps(sorted([*kept, *FIGURES], key=lambda f: (f["benchmark"], f["name"])), indent=1) + "\n"
+    )

@@ -9,7 +9,14 @@ import torch
 from jaxtyping import config, install_import_hook
 
 hook = install_import_hook(
-    ["minimand.losses", "minimand.risks", "minimand.bounds", "minimand.numerics", "minimand.reduction", "minimand.scores"],
+    [
+        "minimand.losses",
+        "minimand.risks",
+        "minimand.bounds",
+        "minimand.numerics",
+        "minimand.reduction",
+        "minimand.scores",
+    ],
     "beartype.beartype",
 )
 hook.__enter__()

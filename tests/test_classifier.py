@@ -31,7 +31,7 @@ def table(rows=240, seed=0):
         {
             "number": gaps,
             "kind": kind,
-            "day": [datetime.date(2024, 1, 1) + datetime.timedelta(days=int(d)) for d in generator.integers(0, 500, rows)],
+            "day": [datetime.date(2024, 1, 1) + datetime.timedelta(int(n)) for n in generator.integers(0, 500, rows)],
             "text": [f"note {place} about {kind[place]} things" for place in range(rows)],
             "flag": generator.random(rows) > 0.5,
         }
@@ -83,15 +83,16 @@ def test_nothing_stored_is_a_pickle(tmp_path):
     features, labels = load_iris(return_X_y=True)
     ObjectiveClassifier(epochs=1).fit(features, labels).save(tmp_path)
     for file in tmp_path.iterdir():
-        with pytest.raises(Exception):  # noqa: B017, PT011 - pickletools raises several kinds
-            pickletools.dis(file.read_bytes(), out=open("/dev/null", "w"))
+        with pytest.raises(Exception):  # noqa: B017 - pickletools raises several kinds
+            list(pickletools.genops(file.read_bytes()))
 
 
 def test_a_stored_file_cannot_name_code_to_run(tmp_path):
     features, labels = load_iris(return_X_y=True)
     ObjectiveClassifier(epochs=1).fit(features, labels).save(tmp_path)
     described = json.loads((tmp_path / "classifier.json").read_text())
-    (tmp_path / "classifier.json").write_text(json.dumps({**described, "loss": {"class": "os:system", "arguments": {}}}))
+    foreign = {**described, "loss": {"class": "os:system", "arguments": {}}}
+    (tmp_path / "classifier.json").write_text(json.dumps(foreign))
     with pytest.raises(ValueError, match="only hold losses"):
         ObjectiveClassifier.load(tmp_path)
     (tmp_path / "classifier.json").write_text(json.dumps({**described, "model": "os:system"}))

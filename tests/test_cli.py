@@ -48,7 +48,17 @@ def test_json_is_one_object_of_the_promised_shape(data):
     result = runner.invoke(app, quick(data, "--json"))
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert list(found) == ["problem", "data", "metric", "cells", "seconds", "contenders", "best", "comparisons", "report"]
+    assert list(found) == [
+        "problem",
+        "data",
+        "metric",
+        "cells",
+        "seconds",
+        "contenders",
+        "best",
+        "comparisons",
+        "report",
+    ]
     assert found["cells"] == 6
     assert set(found["contenders"][0]) == {"name", "mean", "low", "high", "seconds"}
     assert set(found["comparisons"][0]) == {"a", "b", "difference", "low", "high", "p", "verdict"}
@@ -65,7 +75,7 @@ def test_noise_metric_group_and_drop_are_heard(data):
     result = runner.invoke(app, quick(data, "--json", "--noise", "0.2", "--metric", "log-loss", "--drop", "b"))
     found = json.loads(result.stdout)
     assert found["metric"] == "log loss"
-    assert "20%" in found["data"]
+    assert "20 %" in found["data"]
     assert "1 columns" in found["data"]
 
 

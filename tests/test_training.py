@@ -118,9 +118,7 @@ def test_a_model_that_draws_random_numbers_is_not_stacked():
 
 def test_data_sets_with_different_numbers_of_batches_are_not_stacked():
     small, large = data(0, samples=60), data(1, samples=200)
-    assert "batches" in training.can_stack(
-        [model(0), model(1)], [small[0], large[0]], Recipe(batch_size=32)
-    )
+    assert "batches" in training.can_stack([model(0), model(1)], [small[0], large[0]], Recipe(batch_size=32))
 
 
 def test_the_global_random_stream_is_left_alone():

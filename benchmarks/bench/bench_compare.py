@@ -79,7 +79,9 @@ def test_twenty_million_values_in_four_gib(record, tmp_path: pathlib.Path):
     rows = 1_000_000
     generator = np.random.default_rng(0)
     label = generator.integers(0, 3, rows)
-    columns = {f"number{place}": (generator.normal(size=rows) + label * (place % 3)).astype(np.float32) for place in range(15)}
+    columns = {
+        f"number{place}": (generator.normal(size=rows) + label * (place % 3)).astype(np.float32) for place in range(15)
+    }
     columns["gaps"] = np.where(generator.random(rows) < 0.2, np.nan, generator.normal(size=rows))
     columns["colour"] = generator.choice(["red", "green", "blue", "grey"], rows)
     columns["city"] = np.char.add("city", generator.integers(0, 25, rows).astype(str))

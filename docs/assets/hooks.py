@@ -53,7 +53,11 @@ def _state(method: Method) -> str:
         f'<span class="proof {"stands" if state == "stands" else "open"}">{proof}</span>'
         for proof, state in method.state().items()
     )
-    note = "" if method.built else '\n\n!!! note "Not built yet"\n    The catalogue knows this paper; minimand has no part for it yet.'
+    note = (
+        ""
+        if method.built
+        else '\n\n!!! note "Not built yet"\n    The catalogue knows this paper; minimand has no part for it yet.'
+    )
     return f"{method.purpose}\n\n{proofs}{note}"
 
 
@@ -69,7 +73,12 @@ def _evidence(method: Method) -> str:
         lines.append(f"| {claim['says']} | {_interval(claim, unit)} | **{claim['verdict']}** |")
     for metric in record["metrics"]:
         rows = record["summary"][metric["name"]]
-        lines += ["", f"**{metric['name']}** ({metric['direction']})", "", "| contender | mean | 95 % interval | s a cell |"]
+        lines += [
+            "",
+            f"**{metric['name']}** ({metric['direction']})",
+            "",
+            "| contender | mean | 95 % interval | s a cell |",
+        ]
         lines += ["| --- | ---: | ---: | ---: |"]
         for row in rows:
             low, high = _number(row["low"], metric), _number(row["high"], metric)
@@ -94,7 +103,8 @@ def _interface(method: Method) -> str:
 def _source(method: Method) -> str:
     arxiv = f" [arXiv {method.arxiv}](https://arxiv.org/abs/{method.arxiv})." if method.arxiv else ""
     code = f" Authors' code: `{method.code}`." if method.code else ""
-    return f"## Source\n\n{method.authors}: *{method.title}*. {method.venue}.{arxiv}{code}\n\nIts central claim: {method.claim}"
+    paper = f"{method.authors}: *{method.title}*. {method.venue}.{arxiv}{code}"
+    return f"## Source\n\n{paper}\n\nIts central claim: {method.claim}"
 
 
 def _papers() -> str:

@@ -15,7 +15,7 @@ _ROOMS = ("bench", "bounds", "losses", "optim", "report", "risks", "studies", "t
 __all__ = ["ObjectiveClassifier", "__version__", *_ROOMS]
 
 if TYPE_CHECKING:
-    from . import bench, bounds, losses, optim, report, risks, studies, training
+    from . import bench, bounds, losses, optim, report, risks, studies, training  # noqa: F401
     from .classifier import ObjectiveClassifier
 
 

@@ -67,11 +67,12 @@ class Method:
 def methods() -> tuple[Method, ...]:
     """Return all methods, by card number."""
     with (_HERE / "catalogue.toml").open("rb") as file:
-        rows = tomllib.load(file)["method"]
-    return tuple(
-        Method(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
-        for row in rows
-    )
+        rows: list[dict[str, Any]] = tomllib.load(file)["method"]
+    return tuple(Method(**{key: _frozen(value) for key, value in row.items()}) for row in rows)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def find(name: str) -> Method:

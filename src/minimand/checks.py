@@ -103,8 +103,7 @@ def class_scores(input: Tensor, target: Tensor, *, ignore_index: int = -100, min
     wanted = (input.shape[0], *input.shape[2:])
     if tuple(target.shape) != wanted:
         raise ValueError(
-            f"target must have shape {wanted} for input of shape {tuple(input.shape)}, "
-            f"got {tuple(target.shape)}"
+            f"target must have shape {wanted} for input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
         )
     not_empty(input, "input")
     classes = input.shape[1]
@@ -130,8 +129,5 @@ def index_of_examples(index: Tensor | None, batch: int, num_samples: int) -> Non
         raise ValueError(f"index must have shape ({batch},), got {tuple(index.shape)}")
     require(
         (index >= 0) & (index < num_samples),
-        lambda: (
-            f"index must lie in [0, {num_samples - 1}], "
-            f"got values from {int(index.min())} to {int(index.max())}"
-        ),
+        lambda: f"index must lie in [0, {num_samples - 1}], got values from {int(index.min())} to {int(index.max())}",
     )

@@ -244,7 +244,7 @@ class ObjectiveClassifier(ClassifierMixin, BaseEstimator):
         options: dict[str, Any] = {"ensure_all_finite": "allow-nan", "dtype": np.float32, "reset": reset}
         if is_frame:
             labels = None if y is None else _column(y)
-            if reset:
+            if labels is not None:
                 if len(labels) != len(X):
                     raise ValueError(f"X has {len(X)} rows, y has {len(labels)}")
                 if len(X) == 0:

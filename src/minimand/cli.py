@@ -51,7 +51,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -87,7 +89,9 @@ def list_methods(
     console = Console()
     console.print(table)
     stand = sum(set(method.proofs) == set(PROOFS) for method in methods())
-    console.print(f"\n{stand} of {len(methods())} methods stand on all five proofs: {', '.join(PROOFS)} (●)", style="dim")
+    console.print(
+        f"\n{stand} of {len(methods())} methods stand on all five proofs: {', '.join(PROOFS)} (●)", style="dim"
+    )
 
 
 @app.command()
@@ -121,7 +125,8 @@ def reproduce(
     jobs: Jobs = None,
     store: StorePath = None,
     evidence: Annotated[
-        pathlib.Path | None, typer.Option("--evidence", help="Also write the evidence file into this folder.", metavar="DIR")
+        pathlib.Path | None,
+        typer.Option("--evidence", help="Also write the evidence file into this folder.", metavar="DIR"),
     ] = None,
 ) -> None:
     """Does the paper's claim hold? Run a method's study and judge it."""
@@ -148,7 +153,9 @@ def classify(
         str | None, typer.Argument(help="CSV, TSV, Parquet, JSON lines or NPZ. Default: digits with 30 % label noise.")
     ] = None,
     target: Annotated[str | None, typer.Option("--target", help="The label column.")] = None,
-    drop: Annotated[list[str] | None, typer.Option("--drop", help="Columns to leave out, separated by commas; may be repeated.")] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option("--drop", help="Columns to leave out, separated by commas; may be repeated.")
+    ] = None,
     group: Annotated[str | None, typer.Option("--group", help="Column whose groups no fold may split.")] = None,
     model: Annotated[str, typer.Option("--model", help="linear, mlp or package.module:factory.")] = "mlp",
     epochs: Annotated[int, typer.Option("--epochs", help="Passes over the training data.")] = 30,
@@ -188,15 +195,28 @@ def classify(
         return winner_code(study, winner)
 
     sys.path.insert(0, "")  # so that --model finds a module beside the data, as `python -m` would
-    _run(build, kind="compare", problem="classify", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json, code=code)
+    _run(
+        build,
+        kind="compare",
+        problem="classify",
+        out=out,
+        engine=engine,
+        jobs=jobs,
+        store=store,
+        as_json=as_json,
+        code=code,
+    )
 
 
 @compare.command()
 def calibrate(
     data: Annotated[
-        str | None, typer.Argument(help="NPZ with logits (rows, classes) and target (rows,). Default: a network on digits.")
+        str | None,
+        typer.Argument(help="NPZ with logits (rows, classes) and target (rows,). Default: a network on digits."),
     ] = None,
-    test_fraction: Annotated[float, typer.Option("--test-fraction", help="Share of rows that test a calibrator.")] = 0.5,
+    test_fraction: Annotated[
+        float, typer.Option("--test-fraction", help="Share of rows that test a calibrator.")
+    ] = 0.5,
     repeats: Annotated[int, typer.Option("--repeats", help="How often the rows are split anew.")] = 10,
     engine: Engine = "local",
     jobs: Jobs = None,
@@ -211,7 +231,17 @@ def calibrate(
 
         return calibrate_study(data, test_fraction=test_fraction)
 
-    _run(build, kind="compare", problem="calibrate", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json, seeds=repeats)
+    _run(
+        build,
+        kind="compare",
+        problem="calibrate",
+        out=out,
+        engine=engine,
+        jobs=jobs,
+        store=store,
+        as_json=as_json,
+        seeds=repeats,
+    )
 
 
 @compare.command()
@@ -279,9 +309,7 @@ def _run(
     if not results.cells:
         failure = results.failures[0]
         _refuse(f"every cell failed; the first, of {failure.contender}: {failure.error}")
-    record = bench.make_record(
-        study, results, kind=kind, problem=problem, seconds=time.perf_counter() - start
-    )
+    record = bench.make_record(study, results, kind=kind, problem=problem, seconds=time.perf_counter() - start)
     if code is not None and record["metrics"]:
         record["code"] = code(study, record["summary"][record["metrics"][0]["name"]][0]["name"])
     path = out / (f"{problem}.html" if kind == "reproduce" else f"compare-{problem}.html")

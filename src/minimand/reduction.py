@@ -51,9 +51,9 @@ def class_rows(
     # A negative ignore_index (torch's default) can only occur where the check above let it through, so one
     # comparison serves; eager code leaves the common case without weights at no cost.
     ignored = labels == ignore_index
-    if weight is None and checks.values_readable(labels) and labels.device.type == "cpu":
-        if not bool(ignored.any()):
-            return rows, labels, None
+    readable = checks.values_readable(labels) and labels.device.type == "cpu"
+    if weight is None and readable and not bool(ignored.any()):
+        return rows, labels, None
     labels = torch.where(ignored, torch.zeros_like(labels), labels)
     if weight is None:
         row_weight = torch.ones_like(rows[:, 0]).detach()

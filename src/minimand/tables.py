@@ -86,7 +86,9 @@ def as_frame(X: Any) -> pl.DataFrame:
             column = X[name]
             if isinstance(column.dtype, pd.CategoricalDtype):
                 column = column.astype(column.cat.categories.dtype)
-            columns[str(name)] = pl.Series(str(name), column.to_numpy(dtype=object, na_value=None).tolist(), strict=False)
+            columns[str(name)] = pl.Series(
+                str(name), column.to_numpy(dtype=object, na_value=None).tolist(), strict=False
+            )
         return pl.DataFrame(columns)
     array = np.asarray(X)
     if array.ndim != 2:

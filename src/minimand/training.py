@@ -157,12 +157,12 @@ def with_risk(loss: nn.Module, risk: Callable[[Tensor], Tensor]) -> nn.Module:
     """
     if not hasattr(loss, "reduction"):
         raise TypeError(f"loss must have a reduction for a risk to replace, {type(loss).__name__} has none")
-    loss = copy.deepcopy(loss)
-    if hasattr(loss, "link"):
-        loss.reduction = risk
-        return loss
-    loss.reduction = "none"
-    return _Risked(loss, risk if isinstance(risk, nn.Module) else _Function(risk))
+    own: Any = copy.deepcopy(loss)
+    if hasattr(own, "link"):
+        own.reduction = risk
+        return own
+    own.reduction = "none"
+    return _Risked(own, risk if isinstance(risk, nn.Module) else _Function(risk))
 
 
 class _Function(nn.Module):
@@ -222,9 +222,7 @@ def fit(
             batch, labels = inputs[index], target[index]
             context = _context(loss, index=index, inputs=batch)
 
-            def closure(
-                batch: Tensor = batch, labels: Tensor = labels, context: dict[str, Tensor] = context
-            ) -> Tensor:
+            def closure(batch: Tensor = batch, labels: Tensor = labels, context: dict[str, Tensor] = context) -> Tensor:
                 optimizer.zero_grad()
                 value = loss(model(batch), labels, **context)
                 value.backward()
@@ -234,7 +232,7 @@ def fit(
 
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * recipe.rate(step, steps)
-            value = optimizer.step(closure)
+            value: Any = optimizer.step(closure)  # type: ignore[arg-type]  # the stubs expect a float
             _call(loss, "after_step", model)
             total += value.detach()
             step += 1
@@ -353,9 +351,7 @@ def can_stack(models: Sequence[nn.Module], inputs: Sequence[Tensor], recipe: Rec
     shapes = {tuple((name, value.shape) for name, value in model.state_dict().items()) for model in models}
     if len(shapes) > 1 or len({data.shape[1:] for data in inputs}) > 1:
         return "the models or their inputs differ in shape"
-    plans = {
-        (batches_per_epoch(len(data), recipe.batch_size), min(len(data), recipe.batch_size)) for data in inputs
-    }
+    plans = {(batches_per_epoch(len(data), recipe.batch_size), min(len(data), recipe.batch_size)) for data in inputs}
     if len(plans) > 1:
         return "the data sets differ in their number of batches"
     if any(module.training and _draws_or_tracks(module) for model in models for module in model.modules()):
@@ -365,7 +361,7 @@ def can_stack(models: Sequence[nn.Module], inputs: Sequence[Tensor], recipe: Rec
 
 def _draws_or_tracks(module: nn.Module) -> bool:
     dropout = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-    return dropout or isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+    return dropout or (isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats)
 
 
 def _call(loss: Objective, hook: str, *args: Any) -> None:

@@ -23,7 +23,9 @@ def csv(tmp_path):
     centre = np.repeat([-2.0, 0.0, 2.0], 30)
     frame = pl.DataFrame(
         {
-            "height": [None if row % 11 == 0 else value for row, value in enumerate(centre + generator.normal(0, 0.5, 90))],
+            "height": [
+                None if row % 11 == 0 else value for row, value in enumerate(centre + generator.normal(0, 0.5, 90))
+            ],
             "width": generator.normal(size=90),
             "colour": generator.choice(["red", "green"], 90),
             "patient": [f"p{row // 3}" for row in range(90)],
@@ -71,8 +73,14 @@ def test_groups_are_never_split_between_training_and_test(csv, monkeypatch):
     problem = TableFolds(str(csv), "class", (), "patient", 3, 0.0, 0)
     groups = problem.table().groups
     seen = []
-    monkeypatch.setattr("minimand.bench.classify.TableEncoder.fit_transform", lambda self, X: seen.append(X) or np.zeros((X.height, 1), np.float32))
-    monkeypatch.setattr("minimand.bench.classify.TableEncoder.transform", lambda self, X: seen.append(X) or np.zeros((X.height, 1), np.float32))
+    monkeypatch.setattr(
+        "minimand.bench.classify.TableEncoder.fit_transform",
+        lambda self, X: seen.append(X) or np.zeros((X.height, 1), np.float32),
+    )
+    monkeypatch.setattr(
+        "minimand.bench.classify.TableEncoder.transform",
+        lambda self, X: seen.append(X) or np.zeros((X.height, 1), np.float32),
+    )
     widths = problem.table().frame["width"].to_list()
     for fold in range(3):
         seen.clear()
@@ -123,9 +131,7 @@ def test_metrics_equal_scikit_learns():
     assert numbers["log loss"] == pytest.approx(metrics.log_loss(target, probabilities.double()), rel=1e-5)
     brier = ((probabilities - torch.nn.functional.one_hot(target, 4)) ** 2).sum(1).mean()
     assert numbers["Brier score"] == pytest.approx(brier.item(), rel=1e-5)
-    assert numbers["worst-class recall"] == pytest.approx(
-        metrics.recall_score(target, predicted, average=None).min()
-    )
+    assert numbers["worst-class recall"] == pytest.approx(metrics.recall_score(target, predicted, average=None).min())
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -212,7 +218,9 @@ def test_an_npz_with_pickled_objects_is_refused_unread(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("arrays", [{"X": np.zeros((3, 2))}, {"X": np.zeros((3, 2)), "y": np.zeros(4)}, {"X": np.zeros(3), "y": np.zeros(3)}])
+@pytest.mark.parametrize(
+    "arrays", [{"X": np.zeros((3, 2))}, {"X": np.zeros((3, 2)), "y": np.zeros(4)}, {"X": np.zeros(3), "y": np.zeros(3)}]
+)
 def test_an_npz_without_fitting_arrays_is_refused(tmp_path, arrays):
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(DataError):

@@ -22,7 +22,10 @@ class Spy:
 
     def batch(self, datas, runs):
         self.seen.append((datas, [dict(run.settings) for run in runs]))
-        return [Outcome({"accuracy": -abs(run.settings.get("x", 0) - data.num_classes)}) for data, run in zip(datas, runs, strict=True)]
+        return [
+            Outcome({"accuracy": -abs(run.settings.get("x", 0) - data.num_classes)})
+            for data, run in zip(datas, runs, strict=True)
+        ]
 
 
 def split(classes, rows=60):

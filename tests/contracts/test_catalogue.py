@@ -68,7 +68,12 @@ def test_stored_verdicts_follow_from_the_stored_cells(method):
 
     study, record = importlib.import_module(f"minimand.studies.{method.module}").study, method.evidence()
     cells = tuple(
-        Cell(cell["contender"], cell["seed"], Outcome({k: float("nan") if v is None else v for k, v in cell["metrics"].items()}), cell["seconds"])
+        Cell(
+            cell["contender"],
+            cell["seed"],
+            Outcome({k: float("nan") if v is None else v for k, v in cell["metrics"].items()}),
+            cell["seconds"],
+        )
         for cell in record["cells"]
     )
     again = make_record(study, Results(cells, ()), kind="reproduce", problem=method.name, seconds=0.0)

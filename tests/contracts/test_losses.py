@@ -211,9 +211,7 @@ def test_ignored_examples_count_for_nothing(setting):
     loss = make(setting)
     input, target = batch(setting)
     kept = torch.tensor([0, 2, 3, 5])
-    expected = make(setting)(
-        input[kept], target[kept], **{name: value[kept] for name, value in context(loss).items()}
-    )
+    expected = make(setting)(input[kept], target[kept], **{name: value[kept] for name, value in context(loss).items()})
     target[[1, 4]] = loss.ignore_index
     torch.testing.assert_close(call(loss, input, target), expected)
     per_example = call(make(setting, reduction="none"), input, target)

@@ -80,9 +80,7 @@ def test_ldr_kl_falls_as_temperature_rises_and_stays_within_its_band():
 
 def test_ldr_kl_ignores_a_shift_of_the_scores():
     scores, target = batch()
-    torch.testing.assert_close(
-        ldr_kl_loss(scores + 5.0, target), ldr_kl_loss(scores, target), rtol=0, atol=1e-10
-    )
+    torch.testing.assert_close(ldr_kl_loss(scores + 5.0, target), ldr_kl_loss(scores, target), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.1])
@@ -95,9 +93,7 @@ def test_population_minimiser_of_ldr_kl_ranks_classes_as_their_probabilities(mar
 
         def closure(scores=scores, optimizer=optimizer, probabilities=probabilities):
             optimizer.zero_grad()
-            losses = ldr_kl_loss(
-                scores.expand(5, 5), torch.arange(5), temperature=2.0, margin=margin, reduction="none"
-            )
+            losses = ldr_kl_loss(scores.expand(5, 5), torch.arange(5), temperature=2.0, margin=margin, reduction="none")
             expected = (probabilities * losses).sum()
             expected.backward()
             return expected
@@ -123,14 +119,17 @@ def test_aldr_temperature_solves_its_fixed_point_equation_inside_its_interval():
 def test_aldr_kl_equals_the_maximum_over_a_grid_of_temperatures():
     scores, target = batch(rows=200, scale=2.0)
     loss = ALDRKLLoss(
-        temperature=1.0, alpha=2.0, margin=0.1, normalize=None, solve="exact", margin_in_temperature=True,
+        temperature=1.0,
+        alpha=2.0,
+        margin=0.1,
+        normalize=None,
+        solve="exact",
+        margin_in_temperature=True,
         reduction="none",
     )
     strength = 2.0 * math.log(7)
     grid = torch.linspace(0.5, 1.0, 4001, dtype=F64)
-    values = torch.stack(
-        [objective(scores, target, 0.1, value.expand(len(scores)), 1.0, strength) for value in grid]
-    )
+    values = torch.stack([objective(scores, target, 0.1, value.expand(len(scores)), 1.0, strength) for value in grid])
     torch.testing.assert_close(loss(scores, target), values.amax(0), rtol=0, atol=1e-6)
 
 
@@ -159,7 +158,9 @@ def test_gradient_is_the_worst_case_distribution_less_the_label():
     )
     loss(scores, target).backward()
     shifted = scores.detach() + margins(target, 7, 0.1)
-    p = torch.softmax(shifted / aldr_temperature(shifted - scores.detach().gather(1, target[:, None]), 1.0, 2.0)[:, None], 1)
+    p = torch.softmax(
+        shifted / aldr_temperature(shifted - scores.detach().gather(1, target[:, None]), 1.0, 2.0)[:, None], 1
+    )
     torch.testing.assert_close(scores.grad, p - F.one_hot(target, 7), rtol=0, atol=1e-8)
     # Danskin: the same by differences through the maximum itself, where the temperature moves too.
     step = 1e-5

@@ -12,7 +12,13 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 
-from minimand.losses import EnsembleTemperatureScaling, IsotonicCalibration, TemperatureScaling, VectorScaling
+from minimand.losses import (
+    EnsembleTemperatureScaling,
+    IsotonicCalibration,
+    TemperatureScaling,
+    VectorScaling,
+    calibrators,
+)
 
 F64 = torch.float64
 ALL = (TemperatureScaling, VectorScaling, IsotonicCalibration, EnsembleTemperatureScaling)
@@ -48,6 +54,15 @@ def test_temperature_scaling_is_stationary_to_machine_precision():
     p = torch.softmax(logits / temperature, 1)
     slope = ((p * logits).sum(1) - logits.gather(1, target[:, None])[:, 0]).mean()
     assert abs(slope.item()) < 1e-9
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_newtons_method_needs_few_passes_over_the_data(monkeypatch, seed):
+    passes = []
+    counted = calibrators._slope_and_curvature
+    monkeypatch.setattr(calibrators, "_slope_and_curvature", lambda *args: passes.append(1) or counted(*args))
+    TemperatureScaling().fit(*batch(scale=1.0 + seed, seed=seed))
+    assert len(passes) <= 10
 
 
 def test_temperature_scales_with_the_logits():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,8 +122,8 @@ class TrainClassifier:
         """Train and measure several cells, side by side where that is possible."""
         outcomes: dict[int, Outcome] = {}
         for cells in self._groups(datas, runs):
-            for cell, outcome in zip(cells, self._train([datas[c] for c in cells], [runs[c] for c in cells]), strict=True):
-                outcomes[cell] = outcome
+            trained = self._train([datas[cell] for cell in cells], [runs[cell] for cell in cells])
+            outcomes |= dict(zip(cells, trained, strict=True))
         return [outcomes[cell] for cell in range(len(datas))]
 
     def _groups(self, datas: Sequence[Split], runs: Sequence[Run]) -> list[list[int]]:
@@ -154,9 +154,7 @@ class TrainClassifier:
         shape = datas[0].train_inputs.shape[1:]
         features = shape[0] if len(shape) == 1 else tuple(shape)
         classes = datas[0].num_classes
-        models = [
-            training.seeded(lambda: self.make_model(features, classes), run.stream("model")) for run in runs
-        ]
+        models = [training.seeded(lambda: self.make_model(features, classes), run.stream("model")) for run in runs]
         losses = [_with_generator(lambda: self.make_loss(classes, **own), run) for run in runs]
         seeds = [run.stream("order") for run in runs]
         inputs, targets = [data.train_inputs for data in datas], [data.train_target for data in datas]
@@ -219,7 +217,8 @@ def classification_metrics(scores: Tensor, probabilities: Tensor, target: Tensor
 def _with_generator(make: Callable[[], Any], run: Run) -> Any:
     """Build a loss under the cell's own seed, and give it the cell's own random stream if it draws numbers."""
     loss = training.seeded(make, run.stream("loss"))
-    for module in loss.modules() if isinstance(loss, nn.Module) else ():
+    modules: Iterable[Any] = loss.modules() if isinstance(loss, nn.Module) else ()
+    for module in modules:
         if getattr(module, "generator", False) is None:
             module.generator = torch.Generator().manual_seed(run.stream("draws"))
     return loss

@@ -109,7 +109,9 @@ METHODS: dict[str, Objective] = {
     ),
     "ensloss": Objective(f"{_LOSSES}:EnsLoss"),
     "tempnet": Objective(f"{_LOSSES}:RobustTemperatureLoss", sized=True),
-    "z-loss": Objective(f"{_LOSSES}:ZLoss", {"sharpness": 1.0, "margin": 10.0}, space={"margin": Range(1.0, 30.0, log=True)}),
+    "z-loss": Objective(
+        f"{_LOSSES}:ZLoss", {"sharpness": 1.0, "margin": 10.0}, space={"margin": Range(1.0, 30.0, log=True)}
+    ),
     "loss-reweighting": Objective(
         f"{_TORCH}:CrossEntropyLoss",
         risk=f"{_RISKS}:DynamicLossReweighting",
@@ -316,7 +318,9 @@ def classify_study(
     return Study(
         method="compare classify",
         problem=problem,
-        contenders={name: tuned(one, tune, seed=seed, metric=order[0]) if tune else one for name, one in trained.items()},
+        contenders={
+            name: tuned(one, tune, seed=seed, metric=order[0]) if tune else one for name, one in trained.items()
+        },
         metrics=order,
         seeds=folds * repeats,
         test_train_ratio=1 / (folds - 1),
@@ -324,7 +328,7 @@ def classify_study(
         notes="Training labels only were made wrong; the labels that test the models were left as they are."
         if level
         else "",
-        data=table.describe() + (f", {level:.0%} of the training labels made wrong" if level else ""),
+        data=table.describe() + (f", {100 * level:g} % of the training labels made wrong" if level else ""),
         data_key="digits" if built_in else file_hash(str(path)),
         settings={
             "target": target,
@@ -360,7 +364,12 @@ def winner_code(study: Study, winner: str) -> str:
     if problem.path is None:
         lines += ["from sklearn.datasets import load_digits", "", "features, labels = load_digits(return_X_y=True)"]
     elif problem.path.lower().endswith(".npz"):
-        lines += ["import numpy as np", "", f"data = np.load({problem.path!r})", 'features, labels = data["X"], data["y"]']
+        lines += [
+            "import numpy as np",
+            "",
+            f"data = np.load({problem.path!r})",
+            'features, labels = data["X"], data["y"]',
+        ]
     else:
         left_out = [problem.target, *problem.drop, *([problem.group] if problem.group else [])]
         lines += [
@@ -411,7 +420,9 @@ def _labels(column: pl.Series) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     if missing:
         rows = (np.flatnonzero(column.is_null().to_numpy()) + 1)[:3]
         shown = ", ".join(str(row) for row in rows) + (", ..." if missing > 3 else "")
-        raise DataError(f"target {name!r} has {missing} missing labels (rows {shown}): fill them or leave those rows out")
+        raise DataError(
+            f"target {name!r} has {missing} missing labels (rows {shown}): fill them or leave those rows out"
+        )
     if column.dtype.is_nested():
         raise DataError(f"target {name!r} holds lists, not labels")
     values = column.unique().sort()
@@ -419,7 +430,7 @@ def _labels(column: pl.Series) -> tuple[NDArray[np.int64], tuple[str, ...]]:
         raise DataError(f"target {name!r} has one class only, {values[0]!r}: there is nothing to tell apart")
     if column.dtype.is_float() and not bool((values == values.round()).all()) and len(values) > 20:
         raise DataError(
-            f"target {name!r} holds {len(values):,} distinct fractions: a quantity, not a class; bin it into classes first"
+            f"target {name!r} holds {len(values):,} distinct fractions: a quantity, not a class; bin it first"
         )
     if len(values) > max(1000, len(column) // 3):
         raise DataError(f"target {name!r} has {len(values):,} classes in {len(column):,} rows: is it an identifier?")

@@ -20,7 +20,9 @@ def flip_uniformly(
     return torch.where(flipped, (target + shift) % num_classes, target)
 
 
-def flip_to_next(target: Int[Tensor, " samples"], rate: float, num_classes: int, *, seed: int) -> Int[Tensor, " samples"]:
+def flip_to_next(
+    target: Int[Tensor, " samples"], rate: float, num_classes: int, *, seed: int
+) -> Int[Tensor, " samples"]:
     """Replace each label with probability ``rate`` by the next class: noise that depends on the class."""
     checks.between(rate, "rate", 0.0, 1.0)
     generator = torch.Generator().manual_seed(seed)

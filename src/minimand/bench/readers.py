@@ -8,6 +8,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -66,8 +67,9 @@ def require_column(frame: pl.DataFrame, name: str, option: str) -> None:
     """Raise a DataError with the nearest names unless the table has that column."""
     if name not in frame.columns:
         near = nearest(name, frame.columns)
-        listed = "" if near else f"; its columns are {', '.join(frame.columns[:12])}" + (", ..." if len(frame.columns) > 12 else "")
-        raise DataError(f"{option}: there is no column {name!r}{near}{listed}")
+        more = ", ..." if len(frame.columns) > 12 else ""
+        listed = near or f"; its columns are {', '.join(frame.columns[:12])}{more}"
+        raise DataError(f"{option}: there is no column {name!r}{listed}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -98,7 +100,7 @@ def _read(file: pathlib.Path, suffix: str) -> pl.DataFrame:
     if suffix == ".npz":
         return _read_npz(file)
     separator = "\t" if suffix == ".tsv" else _separator(file)
-    options = {
+    options: dict[str, Any] = {
         "separator": separator,
         "null_values": ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "?"],
         "try_parse_dates": True,

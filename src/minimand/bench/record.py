@@ -1,4 +1,4 @@
-"""The record of a run: cells, statistics, verdicts, settings, versions, machine. Reports and evidence read only this."""
+"""The record of a run: cells, statistics, verdicts, settings, versions, machine. Reports read nothing else."""
 
 from __future__ import annotations
 
@@ -71,6 +71,9 @@ def make_record(
         ],
         "summary": summary,
         "comparisons": compared,
+        "tied_with_best": {
+            metric.name: _tied(study, results.cells, summary[metric.name], metric) for metric in metrics
+        },
         "critical_difference": {metric.name: _ranks(results.cells, names, metric) for metric in metrics},
         "claims": claims,
         "verdict": claims[0]["verdict"] if claims else None,
@@ -78,7 +81,7 @@ def make_record(
         "settings": {"test_train_ratio": study.test_train_ratio, **study.settings},
         "versions": {"python": platform.python_version(), **versions()},
         "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": seconds,
         "code": code,
         "failures": [as_dict(failure) for failure in results.failures],
@@ -113,10 +116,17 @@ def sentence(record: Mapping[str, Any], metric: str | None = None) -> str:
             parts.append(f"{_names(others)} {'beats' if len(others) == 1 else 'beat'} it too")
     else:
         parts.append(f"nothing is shown to beat {baseline}: keep it")
+    tied = [name for name in record["tied_with_best"].get(shown["name"], []) if name != baseline]
+    if better and tied:
+        parts.append(f"{_names(tied)} {'is' if len(tied) == 1 else 'are'} not shown to differ from {rows[0]['name']}")
     if worse:
         parts.append(f"{_names([row['a'] for row in worse])} {'is' if len(worse) == 1 else 'are'} worse")
     if undecided and (better or worse):
-        parts.append("the rest do not differ" if len(undecided) > 1 else f"{undecided[0]['a']} does not differ")
+        parts.append(
+            f"the rest do not differ from {baseline}"
+            if len(undecided) > 1
+            else f"{undecided[0]['a']} does not differ from it"
+        )
     return "; ".join(parts)
 
 
@@ -168,7 +178,7 @@ def _values(cells: Sequence[Cell], name: str, metric: str) -> dict[int, float]:
 
 
 def _summary(study: Study, cells: Sequence[Cell], names: Sequence[str], metric: Metric) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in names:
         values = list(_values(cells, name, metric.name).values())
         finite = [value for value in values if value == value and abs(value) != float("inf")]
@@ -202,6 +212,20 @@ def _comparisons(
         row["p_adjusted"] = adjusted
         row["verdict"] = ("better" if row["difference"] > 0 else "worse") if real else "no difference shown"
     return rows
+
+
+def _tied(study: Study, cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]], metric: Metric) -> list[str]:
+    """Name the contenders that the best one is not shown to beat."""
+    best = _values(cells, rows[0]["name"], metric.name)
+    p_values = []
+    for row in rows[1:]:
+        values = _values(cells, row["name"], metric.name)
+        both = sorted(values.keys() & best.keys())
+        pairs = [best[seed] for seed in both], [values[seed] for seed in both]
+        p_values.append(statistics.compare(*pairs, test_train_ratio=study.test_train_ratio).p)
+    adjusted = statistics.holm(p_values)
+    # "not below" rather than "above": a p-value that cannot be had shows no difference either.
+    return [row["name"] for row, p in zip(rows[1:], adjusted, strict=True) if not p < 0.05]
 
 
 def _claim(study: Study, cells: Sequence[Cell], index: int) -> dict[str, Any]:
@@ -244,7 +268,9 @@ def _metric(record: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
 
 
 def _difference(row: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
-    scale, digits, unit = (100, 1, " points") if metric["unit"] == "%" else (1, 3, metric["unit"] and " " + metric["unit"])
+    in_percent = metric["unit"] == "%"
+    scale, digits = (100, 1) if in_percent else (1, 3)
+    unit = " points" if in_percent else f" {metric['unit']}".rstrip()
     numbers = [row["difference"], row["low"], row["high"]]
     if any(number is None or number != number for number in numbers):
         return "no pair of cells to compare"

@@ -52,7 +52,9 @@ def corrected_variance(values: Vector, test_train_ratio: float) -> float:
     return float(values.var(ddof=1)) * (1 / len(values) + test_train_ratio)
 
 
-def mean_interval(values: Sequence[float], *, test_train_ratio: float = 0.0, level: float = 0.95) -> tuple[float, float]:
+def mean_interval(
+    values: Sequence[float], *, test_train_ratio: float = 0.0, level: float = 0.95
+) -> tuple[float, float]:
     """Return the corrected t interval of a mean; the mean twice when one cell says nothing of the spread."""
     array = _finite(values)
     if len(array) == 0:

@@ -15,6 +15,8 @@ from typing import Any
 from .classification import COMMON_SPACE, Range, Split, TrainClassifier
 from .study import BatchedContender, Metric, Outcome, Run
 
+_ACCURACY = Metric("accuracy")
+
 
 class Selected:
     """A contender that chooses among settings on validation data carved from its training data.
@@ -30,7 +32,7 @@ class Selected:
         contender: BatchedContender,
         proposals: Sequence[Mapping[str, Any]],
         *,
-        metric: Metric = Metric("accuracy"),
+        metric: Metric = _ACCURACY,
     ) -> None:
         if not proposals:
             raise ValueError("proposals is empty: give at least one setting")
@@ -55,8 +57,7 @@ class Selected:
                     if value > best[cell]:
                         best[cell], chosen[cell] = value, number
         settled = [
-            dataclasses.replace(run, settings=self.proposals[number])
-            for run, number in zip(runs, chosen, strict=True)
+            dataclasses.replace(run, settings=self.proposals[number]) for run, number in zip(runs, chosen, strict=True)
         ]
         return self.contender.batch(datas, settled)
 
@@ -79,7 +80,7 @@ def propose(space: Mapping[str, Range], trials: int, seed: int) -> list[dict[str
     except ImportError:
         raise ValueError("tuning needs Optuna: pip install 'minimand[tune]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    distributions = {
+    distributions: dict[str, optuna.distributions.BaseDistribution] = {
         name: optuna.distributions.FloatDistribution(bounds.low, bounds.high, log=bounds.log)
         for name, bounds in sorted(space.items())
     }
@@ -98,7 +99,7 @@ def propose(space: Mapping[str, Range], trials: int, seed: int) -> list[dict[str
     return proposals[:trials]
 
 
-def tuned(contender: TrainClassifier, trials: int, *, seed: int = 0, metric: Metric = Metric("accuracy")) -> Selected:
+def tuned(contender: TrainClassifier, trials: int, *, seed: int = 0, metric: Metric = _ACCURACY) -> Selected:
     """Let a contender choose among ``trials`` proposals over the common and its own hyper-parameters."""
     return Selected(contender, propose({**COMMON_SPACE, **contender.space}, trials, seed), metric=metric)
 
@@ -125,7 +126,9 @@ class UnderConditions:
         found = {name: self.contender.batch([data[name] for data in datas], runs) for name in conditions}
         outcomes = []
         for cell in range(len(datas)):
-            metrics, curves, seconds = {}, {}, 0.0
+            metrics: dict[str, float] = {}
+            curves: dict[str, Sequence[float]] = {}
+            seconds = 0.0
             for name in conditions:
                 outcome = found[name][cell]
                 metrics |= {f"{metric}, {name}": value for metric, value in outcome.metrics.items()}

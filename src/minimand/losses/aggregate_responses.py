@@ -320,11 +320,10 @@ class AggregateLoss(nn.Module):
 
 
 def _squared(f: Tensor, y: Tensor, bag: Tensor | None, sizes: Tensor | int, rho: float) -> Tensor:
-    centre = _bag_mean(f, bag, sizes)
-    losses = (y - centre).square()
-    if rho > 0:
-        losses = losses + rho * _bag_mean((f - _spread(centre, bag)).square(), bag, sizes)
-    return losses
+    # In gaps to the bag's label, so that no gradient has to go through a bag's mean and be spread over it again.
+    gaps = f - _spread(y, bag)
+    whole = _bag_mean(gaps, bag, sizes).square()
+    return whole if rho == 0 else (1 - rho) * whole + rho * _bag_mean(gaps.square(), bag, sizes)
 
 
 def _cross_entropy(z: Tensor, y: Tensor, bag: Tensor | None, sizes: Tensor | int, rho: float) -> Tensor:
@@ -358,7 +357,8 @@ def _any(
 def _bag_mean(values: Tensor, bag: Tensor | None, sizes: Tensor | int) -> Tensor:
     """Average over each bag."""
     if bag is None:
-        return values.mean(1)
+        # Divided after the sum: the backward of mean would divide every row.
+        return values.sum(1) / values.shape[1]
     assert isinstance(sizes, Tensor)
     return values.new_zeros(len(sizes)).index_add(0, bag, values) / sizes.to(values.dtype)
 

@@ -113,9 +113,9 @@ def aldr_temperature(
         for _ in range(iterations):
             previous, value = value, step(value)
             # Only eager code on a CPU may look at the value without a stall.
-            if checks.values_readable(value) and value.device.type == "cpu":
-                if bool(((value - previous).abs() <= tolerance).all()):
-                    break
+            readable = checks.values_readable(value) and value.device.type == "cpu"
+            if readable and bool(((value - previous).abs() <= tolerance).all()):
+                break
         return value
 
     def objective(value: Tensor) -> Tensor:
@@ -279,7 +279,9 @@ class ALDRKLLoss(Loss):
             judged = scores.scatter_add(1, labels[:, None], torch.full_like(scores[:, :1], -self.margin))
         temperature = self._temperature(judged, target, index)
         strength = self.alpha * math.log(rows.shape[1]) / self.temperature
-        losses = _ldr_kl(scores, labels, self.margin, temperature) - strength / 2 * (temperature - self.temperature) ** 2
+        losses = (
+            _ldr_kl(scores, labels, self.margin, temperature) - strength / 2 * (temperature - self.temperature) ** 2
+        )
         return reduce(losses, self.reduction, row_weight=row_weight, shape=target.shape)
 
     def link(self, input: Tensor) -> Tensor:
@@ -312,7 +314,9 @@ def _ldr_kl(scores: Tensor, labels: Tensor, margin: float, temperature: float | 
     per_row = temperature[:, None] if isinstance(temperature, Tensor) else temperature
     scaled = scores / per_row if isinstance(temperature, Tensor) or temperature != 1 else scores
     if margin:
-        shift = (-margin / per_row) if isinstance(per_row, Tensor) else torch.full_like(scores[:, :1], -margin / per_row)
+        shift = (
+            (-margin / per_row) if isinstance(per_row, Tensor) else torch.full_like(scores[:, :1], -margin / per_row)
+        )
         scaled = scaled.scatter_add(1, labels[:, None], shift.to(scaled.dtype))
     return temperature * (F.cross_entropy(scaled, labels, reduction="none") - math.log(scores.shape[1]))
 

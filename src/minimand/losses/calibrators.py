@@ -80,16 +80,14 @@ class TemperatureScaling(Calibrator):
         inverse = min(max(1.0, low), high)
         while high / low > 1 + tolerance:
             slope, curvature = _slope_and_curvature(gaps, top, inverse)
+            if abs(slope) <= tolerance * curvature * inverse:
+                break  # before the bracket is asked: at the root a step is lost in rounding
             if slope < 0:
                 low = inverse
             else:
                 high = inverse
             newton = inverse - slope / curvature if curvature > 0 else math.nan
-            following = newton if low < newton < high else math.sqrt(low * high)
-            if abs(following / inverse - 1) <= tolerance:
-                inverse = following
-                break
-            inverse = following
+            inverse = newton if low < newton < high else math.sqrt(low * high)
         self.temperature = 1 / inverse
         for limit in (self.min_temperature, self.max_temperature):
             if abs(self.temperature / limit - 1) < 1e-4:

@@ -88,14 +88,15 @@ def correctness_aware_loss(
     power = _power(balanced)
     checks.one_of(loss, "loss", ("mse", "bce"))
     rows, labels, row_weight = class_rows(input, target, weight=weight, ignore_index=ignore_index)
-    rows = _scaled(rows, temperature)
     if predicted is None:
-        chosen = rows.detach().argmax(1)
+        # Of the logits as they came, since scaling may round two into one; on a CPU max is faster than argmax.
+        chosen = rows.detach().max(1).indices
     else:
         checks.class_scores(input, predicted, ignore_index=ignore_index)
         chosen = predicted.reshape(-1)
         chosen = torch.where(chosen == ignore_index, torch.zeros_like(chosen), chosen)
     right = chosen == labels
+    rows = _scaled(rows, temperature)
     losses = _squared_gap(rows, chosen, right) if loss == "mse" else _log_gap(rows, chosen, right)
     if power > 0:
         wide = torch.promote_types(losses.dtype, torch.float32)  # bfloat16 cannot count a batch
@@ -462,8 +463,11 @@ def _scaled(rows: Tensor, temperature: float | Tensor) -> Tensor:
 
 def _squared_gap(rows: Tensor, chosen: Tensor, right: Tensor) -> Tensor:
     # Gathered at the prediction, not the maximum: the same value, and one gradient where classes tie.
-    log_confidence = rows.gather(1, chosen[:, None])[:, 0] - torch.logsumexp(rows, dim=1)
-    return (log_confidence.exp() - right.to(rows.dtype)).square()
+    if rows.shape[1] <= 32:  # torch's softmax is slow on short rows, and its logsumexp on long ones
+        confidence = (rows.gather(1, chosen[:, None])[:, 0] - torch.logsumexp(rows, dim=1)).exp()
+    else:
+        confidence = torch.softmax(rows, dim=1).gather(1, chosen[:, None])[:, 0]
+    return (confidence - right.to(rows.dtype)).square()
 
 
 def _log_gap(rows: Tensor, chosen: Tensor, right: Tensor) -> Tensor:

@@ -33,9 +33,7 @@ def problem(source: Any, seed: int) -> dict[str, Split]:
 
 def tanh_mlp(features: int, classes: int) -> nn.Module:
     """Build the paper's kind of network: tanh, two hidden layers."""
-    return nn.Sequential(
-        nn.Linear(features, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, classes)
-    )
+    return nn.Sequential(nn.Linear(features, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, classes))
 
 
 def cross_entropy(classes: int) -> nn.Module:
@@ -129,9 +127,7 @@ study = Study(
     about="scikit-learn digits, 1,200 training and 597 test images, training labels flipped.",
     notes=(
         "Every contender chooses among four settings of learning rate and its own hyper-parameter, on a noisy fifth "
-        "of its training data. Scores are normalised for LDR-KL and ALDR-KL as in the released code; that, with a large "
-        "temperature, makes up most of their gain."
+        "of its training data. Scores are normalised for LDR-KL and ALDR-KL as in the released code; that, with a "
+        "large temperature, makes up most of their gain."
     ),
 )
-
-

@@ -216,6 +216,8 @@ study = Study(
         ),
     ),
     seeds=8,
+    # The digits are resampled, for which the correction is; for the clusters, drawn anew, it errs on the safe side.
+    test_train_ratio=797 / 1000,
     about="Networks of Gaussian clusters and of digits, calibrated on unshifted data and tested on four sets each.",
     notes=(
         "The balanced weights are the official code's default; the paper's abstract does not mention them. They make a "

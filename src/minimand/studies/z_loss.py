@@ -140,8 +140,8 @@ study = Study(
     notes=(
         "Every contender chooses among six settings on a fifth of its training data, anew for each k. The two "
         "settings offered for the Z-loss and the spherical softmax come from 9 and 4 tried on data apart. Here "
-        "the softmax is the true model, which a language model's is not: the paper saw the Z-loss pass cross-entropy at large k on "
-        "the Penn Treebank. All train the dense output layer with AdamW, so that only the losses differ; the factored "
-        "layer, which needs plain SGD, is tested and timed apart."
+        "the softmax is the true model, which a language model's is not: the paper saw the Z-loss pass "
+        "cross-entropy at large k on the Penn Treebank. All train the dense output layer with AdamW, so that only the "
+        "losses differ; the factored layer, which needs plain SGD, is tested and timed apart."
     ),
 )
