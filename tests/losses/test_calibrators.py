@@ -57,11 +57,13 @@ def test_temperature_scaling_is_stationary_to_machine_precision():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_newtons_method_needs_few_passes_over_the_data(monkeypatch, seed):
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_newtons_method_needs_few_passes_over_the_data(monkeypatch, seed, dtype):
     passes = []
     counted = calibrators._slope_and_curvature
     monkeypatch.setattr(calibrators, "_slope_and_curvature", lambda *args: passes.append(1) or counted(*args))
-    TemperatureScaling().fit(*batch(scale=1.0 + seed, seed=seed))
+    logits, target = batch(scale=1.0 + seed, seed=seed)
+    TemperatureScaling().fit(logits.to(dtype), target)
     assert len(passes) <= 10
 
 

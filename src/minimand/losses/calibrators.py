@@ -75,7 +75,7 @@ class TemperatureScaling(Calibrator):
         gaps = logits.to(torch.promote_types(logits.dtype, torch.float32))
         gaps = gaps - gaps.gather(1, target[:, None])
         top = gaps.amax(1, keepdim=True)
-        tolerance = 1e-12 if gaps.dtype == torch.float64 else 1e-7
+        tolerance = 1e-12 if gaps.dtype == torch.float64 else 1e-6
         low, high = 1 / self.max_temperature, 1 / self.min_temperature
         inverse = min(max(1.0, low), high)
         while high / low > 1 + tolerance:
