@@ -25,6 +25,7 @@ def on_files(files: Any, config: Any) -> Any:
         if files.get_file_from_path(f"methods/{method.name}.md") is None:
             files.append(File.generated(config, f"methods/{method.name}.md", content=f"# {method.name}\n"))
     files.append(File.generated(config, "papers.md", content=_papers()))
+    files.append(File.generated(config, "feed.xml", content=_feed()))
     return files
 
 
@@ -35,12 +36,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return markdown
     method = next(method for method in methods() if method.name == path.stem)
     return "\n\n".join([_after_title(markdown, _state(method)), _evidence(method), _interface(method), _source(method)])
-
-
-def on_post_build(config: Any) -> None:
-    """Write the feed of evidence."""
-    site = pathlib.Path(config["site_dir"])
-    (site / "feed.xml").write_bytes(_feed())
 
 
 def _after_title(markdown: str, text: str) -> str:

@@ -33,7 +33,7 @@ from .tempnet import TempNet, at_least_float32
 class ContrastiveOut(NamedTuple):
     """What :class:`TempNetContrastiveLoss` returns.
 
-    Args:
+    Attributes:
         loss: Its gradient trains the encoders; its value is a surrogate, no objective.
         temperature_loss: Its gradient trains the temperature networks.
         image_temperature: Temperature of each image as anchor, without gradient.
