@@ -13,6 +13,15 @@ from torch import Tensor
 
 from . import checks
 
+__all__ = [
+    "adaptive_calibration_error",
+    "brier_score",
+    "expected_calibration_error",
+    "ks_error",
+    "narrow_wrong_confidence",
+    "narrowly_wrong",
+]
+
 
 def expected_calibration_error(
     confidence: Float[Tensor, " batch"], correct: Bool[Tensor, " batch"] | Num[Tensor, " batch"], *, num_bins: int = 15
