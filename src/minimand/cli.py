@@ -254,10 +254,12 @@ def bags(
     drop: Annotated[list[str] | None, typer.Option("--drop", help="Columns to leave out; may be repeated.")] = None,
     model: Annotated[str, typer.Option("--model", help="linear or mlp.")] = "linear",
     loss: Annotated[str, typer.Option("--loss", help="mse, bce, or auto.")] = "auto",
+    epochs: Annotated[int, typer.Option("--epochs", help="Passes over the training data, for mlp.")] = 60,
     folds: Annotated[int, typer.Option("--folds", help="Folds of the cross-validation, over bags.")] = 5,
     repeats: Annotated[int, typer.Option("--repeats", help="How often the folds are drawn anew.")] = 2,
     engine: Engine = "local",
     jobs: Jobs = None,
+    seed: Seed = 0,
     store: StorePath = None,
     as_json: Json = False,
     out: Out = DEFAULT_OUT,
@@ -270,10 +272,26 @@ def bags(
         if data is not None and (target is None or bag is None):
             raise ValueError("--target and --bag are needed: the column of responses and the column of bags")
         return bags_study(
-            data, target=target, bag=bag, drop=drop or [], model=model, folds=folds, repeats=repeats, loss=loss
-        )
+            data, target=target, bag=bag, drop=drop or [], model=model, epochs=epochs, folds=folds, repeats=repeats,
+            loss=loss, seed=seed,
+        )  # fmt: skip
 
-    _run(build, kind="compare", problem="bags", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json)
+    def code(study: Study, winner: str) -> str:
+        from .bench.bags import winner_code
+
+        return winner_code(study, winner)
+
+    _run(
+        build,
+        kind="compare",
+        problem="bags",
+        out=out,
+        engine=engine,
+        jobs=jobs,
+        store=store,
+        as_json=as_json,
+        code=code,
+    )
 
 
 def _run(

@@ -99,7 +99,19 @@ def aldr_temperature(
 
     Returns:
         One temperature an example, without gradient.
+
+    Raises:
+        ValueError: If ``temperature`` or ``alpha`` is out of range.
+
+    Example:
+        >>> aldr_temperature(torch.tensor([[0.0, 0.0, 0.0], [4.0, 0.0, 0.0]]), 1.0, 2.0)  # unsure, sure
+        tensor([1.0000, 0.5029])
+
+    Source:
+        Zhu et al. 2023, arXiv 2112.14869, the inner maximisation of ALDR-KL.
     """
+    checks.positive(temperature, "temperature")
+    checks.between(alpha, "alpha", 1.0, math.inf, low_open=True, high_open=True)
     z = scores.detach()
     z = (z - z.amax(-1, keepdim=True)).to(torch.promote_types(z.dtype, torch.float32))
     log_classes = math.log(z.shape[-1])

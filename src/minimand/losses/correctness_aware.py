@@ -256,6 +256,7 @@ class AdaptiveTemperature(nn.Module):
         wanted = self.input.in_features
         if features.dim() != 2 or features.shape[1] != wanted:
             raise ValueError(f"features must have shape (batch, {wanted}), got {tuple(features.shape)}")
+        checks.finite(features.detach(), "features")
         place = torch.sigmoid(self.output(torch.relu(self.input(features))))
         return self.min_temperature * torch.exp(math.log(self.max_temperature / self.min_temperature) * place)
 

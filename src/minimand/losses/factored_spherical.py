@@ -68,6 +68,7 @@ class FactoredSphericalLinear(nn.Module):
         dtype: Of V, the one large buffer.
 
     Example:
+        >>> from minimand.losses import ZLoss
         >>> layer = FactoredSphericalLinear(8, num_classes=1000, loss=ZLoss())
         >>> hidden = torch.randn(4, 8, requires_grad=True)
         >>> layer(hidden, torch.tensor([3, 999, 3, 0])).backward()

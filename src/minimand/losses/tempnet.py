@@ -248,6 +248,7 @@ class TempNet(nn.Module):
                 values = torch.sigmoid(keys)
             weights = torch.softmax(keys * torch.exp(-self.log_pooling_temperature), dim=1)
             pooled = ((weights - 1 / weights.shape[1]) * values) @ self.importance + self.bias
+            checks.finite(pooled.detach(), "features")  # one number a row tells of all that was read
             width = self.temperature_max - self.temperature_min
             return self.temperature_min + width * torch.sigmoid(pooled)
 

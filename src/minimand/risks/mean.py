@@ -9,7 +9,7 @@ from .risk import Risk, check_losses
 
 
 class Mean(Risk):
-    """The average loss.
+    """The average loss: plain empirical risk minimisation.
 
     Example:
         >>> import torch

@@ -1,0 +1,175 @@
+"""What every public part keeps, whatever its kind; and modules that are called in ways of their own.
+
+Losses of ``(input, target)`` and risks have contracts of their own. Every other module that a room exports must have
+a row in MODULES: one that has none fails, so a new part is covered the day it is exported.
+"""
+
+import copy
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+from torch import nn
+
+import minimand
+from minimand import losses, risks
+
+ROOMS = ("losses", "risks", "optim", "bounds")
+PARTS = [
+    (room, name)
+    for room in ROOMS
+    for name in importlib.import_module(f"minimand.{room}").__all__
+    if not inspect.isabstract(getattr(importlib.import_module(f"minimand.{room}"), name))
+]
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def scores(dtype=torch.float32, shape=(6, 3)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+def aggregate(part, dtype):
+    predictions = scores(dtype, (6,)).requires_grad_()
+    return part(predictions, torch.tensor([0.5, 0.2], dtype=dtype), torch.tensor([0, 0, 0, 1, 1, 1])), predictions
+
+
+def tempnet(part, dtype):
+    # The network stays in float32: in half precision its temperatures would fall into steps.
+    inputs = scores(dtype).requires_grad_()
+    return part(inputs).sum(), inputs
+
+
+def contrastive(part, dtype):
+    images, texts = scores(dtype, (6, 4)).requires_grad_(), scores(dtype, (6, 4)).flip(0)
+    out = part(images, texts, index=torch.arange(6))
+    return out.loss + out.temperature_loss, images
+
+
+def adversarial(part, dtype):
+    model = nn.Linear(3, 3).to(dtype)
+    inputs = scores(dtype).sigmoid()
+    return part(model, inputs, LABELS), model.weight
+
+
+def factored(part, dtype):
+    hidden = scores(dtype, (6, 4)).requires_grad_()
+    return part(hidden, LABELS), hidden
+
+
+def adaptive(part, dtype):
+    features = scores(dtype, (6, 12)).requires_grad_()
+    return part(features).sum(), features
+
+
+MODULES = {
+    "AggregateLoss": (losses.AggregateLoss, aggregate),
+    "TempNet": (lambda: losses.TempNet(3), tempnet),
+    "TempNetContrastiveLoss": (lambda: losses.TempNetContrastiveLoss(6, 4, radius=1.0), contrastive),
+    "SmoothAdversarialCompSumLoss": (lambda: losses.SmoothAdversarialCompSumLoss(eps=0.1), adversarial),
+    "FactoredSphericalLinear": (
+        lambda: losses.FactoredSphericalLinear(4, num_classes=5, loss=losses.ZLoss()),
+        factored,
+    ),
+    "AdaptiveTemperature": (lambda: losses.AdaptiveTemperature(12), adaptive),
+}
+
+NAMES = [
+    name
+    for room, name in PARTS
+    if inspect.isclass(part := getattr(importlib.import_module(f"minimand.{room}"), name))
+    and issubclass(part, nn.Module)
+    and not issubclass(part, (losses.Loss, risks.Risk))
+]
+
+
+def built(name):
+    torch.manual_seed(0)
+    return MODULES[name][0]()
+
+
+def test_every_module_has_a_row():
+    assert set(NAMES) == set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_module_gives_a_finite_scalar_and_gradient_in_the_dtype_of_its_input(name, dtype):
+    part = built(name)
+    value, source = MODULES[name][1](part if name == "FactoredSphericalLinear" else part.to(dtype), dtype)
+    value.backward()
+    assert value.shape == ()
+    assert torch.isfinite(value)
+    assert value.dtype in (dtype, torch.float32)
+    if source.grad is not None:
+        assert source.grad.dtype == dtype
+        assert torch.isfinite(source.grad).all()
+    else:
+        # A temperature network does not pass gradients on to what it reads.
+        assert any(parameter.grad is not None for parameter in part.parameters())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_modules_state_travels_and_a_copy_is_independent(name):
+    part, call = built(name), MODULES[name][1]
+    before = copy.deepcopy(part.state_dict())
+    call(copy.deepcopy(part), torch.float32)
+    for key, value in part.state_dict().items():
+        assert torch.equal(value, before[key])
+    call(part, torch.float32)
+    other = built(name)
+    other.load_state_dict(part.state_dict())
+    for key, value in part.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key])
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_refuses_nan(name):
+    part, call = built(name), MODULES[name][1]
+    poison = globals()["scores"]
+
+    def broken(dtype=torch.float32, shape=(6, 3)):
+        value = poison(dtype, shape)
+        value.view(-1)[1] = float("nan")
+        return value
+
+    globals()["scores"] = broken
+    try:
+        with pytest.raises(ValueError, match=r"(?i)nan|finite"):
+            call(part, torch.float32)
+    finally:
+        globals()["scores"] = poison
+
+
+@pytest.mark.parametrize(("room", "name"), PARTS)
+def test_a_public_part_says_what_it_does_shows_it_and_names_its_source(room, name):
+    part = getattr(importlib.import_module(f"minimand.{room}"), name)
+    text = inspect.getdoc(part) or ""
+    assert len(text.splitlines()[0]) > 20
+    if inspect.isclass(part) and (issubclass(part, tuple) or getattr(part, "_is_protocol", False)):
+        return  # a result or a protocol shows itself where it is used
+    assert "Example:" in text
+    assert "Source:" in text or name == "Mean"
+    parameters = [p for p in inspect.signature(part).parameters.values() if p.name not in ("self", "args", "kwargs")]
+    assert not parameters or "Args:" in text
+    for parameter in parameters:
+        assert f"{parameter.name}:" in text, parameter.name
+
+
+def modules():
+    return [
+        module.name for module in pkgutil.walk_packages(minimand.__path__, "minimand.") if "__main__" not in module.name
+    ]
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings_run(name):
+    module = importlib.import_module(name)
+    names = {"torch": torch, "nn": nn, "math": __import__("math"), **vars(module)}
+    torch.manual_seed(0)
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    assert doctest.testmod(module, extraglobs=names, optionflags=flags).failed == 0
