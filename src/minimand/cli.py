@@ -79,14 +79,27 @@ def list_methods(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("method", "room", "paper", "".join(proof[0] for proof in PROOFS), "verdict"):
-        table.add_column(title, no_wrap=True, overflow="ellipsis")
-    for method in chosen:
-        marks = "".join("●" if proof in method.proofs else "·" for proof in PROOFS)
-        verdict = method.verdict() or ("" if method.built else "not built yet")
-        table.add_row(method.name, method.room, f"{method.venue}: {method.title}", marks, verdict)
+    rows = [
+        (
+            method.name,
+            method.room,
+            "".join("●" if proof in method.proofs else "·" for proof in PROOFS),
+            method.verdict() or ("" if method.built else "not built yet"),
+            f"{method.venue}: {method.title}",
+        )
+        for method in chosen
+    ]
+    titles = ("method", "room", "".join(proof[0] for proof in PROOFS), "verdict", "paper")
     console = Console()
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    # Rich breaks or cuts every column alike; here only the paper's title gives way, or goes.
+    room_for_paper = console.width - sum(widths[:-1]) - 2 * len(titles[:-1])
+    shown = len(titles) if room_for_paper >= 20 else len(titles) - 1
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title, width in zip(titles[:shown], [*widths[:-1], room_for_paper], strict=False):
+        table.add_column(title, no_wrap=True, overflow="ellipsis", width=width)
+    for row in rows:
+        table.add_row(*row[:shown])
     console.print(table)
     stand = sum(set(method.proofs) == set(PROOFS) for method in methods())
     console.print(

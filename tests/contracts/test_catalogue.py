@@ -77,8 +77,19 @@ def test_stored_verdicts_follow_from_the_stored_cells(method):
         for cell in record["cells"]
     )
     again = make_record(study, Results(cells, ()), kind="reproduce", problem=method.name, seconds=0.0)
-    assert again["claims"] == pytest.approx(record["claims"]) or again["claims"] == record["claims"]
-    assert again["summary"] == record["summary"]
+    for ours, stored in zip(again["claims"], record["claims"], strict=True):
+        assert ours["verdict"] == stored["verdict"]
+        assert alike(ours, stored)
+    for metric, rows in record["summary"].items():
+        found = {row["name"]: row for row in again["summary"][metric]}
+        assert all(alike(found[row["name"]], row) for row in rows)
+
+
+def alike(ours, stored):
+    """Equal but for the last bits, which the order of summation decides."""
+    return ours.keys() == stored.keys() and all(
+        ours[key] == (pytest.approx(value) if isinstance(value, float) else value) for key, value in stored.items()
+    )
 
 
 @pytest.mark.parametrize("method", [m for m in methods() if "page" in m.proofs], ids=lambda method: method.name)
