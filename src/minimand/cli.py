@@ -342,7 +342,7 @@ def _run(
         _refuse(f"every cell failed; the first, of {failure.contender}: {failure.error}")
     record = bench.make_record(study, results, kind=kind, problem=problem, seconds=time.perf_counter() - start)
     if code is not None and record["metrics"]:
-        record["code"] = code(study, record["summary"][record["metrics"][0]["name"]][0]["name"])
+        record["code"] = code(study, record["recommended"])
     path = out / (f"{problem}.html" if kind == "reproduce" else f"compare-{problem}.html")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -389,7 +389,7 @@ def _show(record: dict[str, Any], path: pathlib.Path) -> None:
         console.print(terminal.claims(record))
     console.print(f"\n[bold]{record['sentence']}[/bold]\n", highlight=False)
     if record["code"]:
-        console.print("Train the winner:\n", style="dim")
+        console.print(f"Train {record['recommended']}:\n", style="dim", highlight=False)
         print("\n".join("    " + line for line in record["code"].splitlines()) + "\n")
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
 

@@ -86,8 +86,18 @@ def make_record(
         "code": code,
         "failures": [as_dict(failure) for failure in results.failures],
     }
+    record["recommended"] = recommended(record)
     record["sentence"] = sentence(record)
     return _json_able(record)
+
+
+def recommended(record: Mapping[str, Any], metric: str | None = None) -> str | None:
+    """Name whom to use: the best of those that are shown to beat the baseline, or the baseline if nobody is."""
+    if not record["metrics"]:
+        return None
+    rows = record["comparisons"][_metric(record, metric)["name"]]
+    better = [row for row in rows if row["verdict"] == "better"]
+    return max(better, key=lambda row: row["difference"])["a"] if better else record["baseline"]
 
 
 def sentence(record: Mapping[str, Any], metric: str | None = None) -> str:
@@ -109,7 +119,7 @@ def sentence(record: Mapping[str, Any], metric: str | None = None) -> str:
         return f"only {rows[0]['name']} was run, so there is nothing to compare"
     parts = []
     if better:
-        best = max(better, key=lambda row: row["difference"])
+        best = next(row for row in better if row["a"] == recommended(record, shown["name"]))
         parts.append(f"{best['a']} beats {baseline} by {_difference(best, shown)}")
         others = [row["a"] for row in better if row is not best]
         if others:
