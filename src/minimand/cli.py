@@ -355,8 +355,9 @@ def _run(
         print(json.dumps(short_json(record, str(path)), indent=1))
     else:
         _show(record, path)
-    for failure in results.failures:
-        console.print(f"{failure.contender}, cell {failure.seed}: {failure.error}", style="red")
+    for name in dict.fromkeys(failure.contender for failure in results.failures):
+        failed = [failure for failure in results.failures if failure.contender == name]
+        console.print(f"{name} failed in {len(failed)} cells: {failed[0].error}", style="red", highlight=False)
     if results.failures:
         raise typer.Exit(1)
     return record

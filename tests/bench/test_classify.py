@@ -232,6 +232,14 @@ def test_baselines_come_first_whatever_order_they_are_named_in():
     assert list(study.contenders) == ["cross-entropy", "aldr-kl"]
 
 
+def test_a_loss_for_three_classes_or_more_is_left_out_of_two_and_refused_by_name(tmp_path):
+    path = write(tmp_path, "d.csv", ROWS)
+    assert "z-loss" not in classify_study(path, target="y").contenders
+    assert "z-loss" in classify_study().contenders
+    with pytest.raises(DataError, match="z-loss needs at least 3 classes, the target has 2"):
+        classify_study(path, target="y", contenders=["cross-entropy", "z-loss"])
+
+
 def test_a_risk_is_part_of_an_objective():
     loss = Objective("torch.nn:CrossEntropyLoss", risk="minimand.risks:Mean")(3)
     scores, target = torch.randn(5, 3), torch.randint(3, (5,))

@@ -41,6 +41,7 @@ class Objective:
         risk_arguments: The risk's arguments.
         sized: Whether the loss is built for a number of classes (``Class.for_classes(num_classes, ...)``).
         space: What tuning may set, by name of the loss's argument (or the risk's, where there is a risk).
+        min_classes: The fewest classes the loss is defined for.
     """
 
     loss: str
@@ -49,6 +50,7 @@ class Objective:
     risk_arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sized: bool = False
     space: Mapping[str, Range] = dataclasses.field(default_factory=dict)
+    min_classes: int = 2
 
     def __call__(self, num_classes: int, **settings: float) -> nn.Module:
         """Build the loss for ``num_classes`` classes."""
@@ -110,7 +112,10 @@ METHODS: dict[str, Objective] = {
     "ensloss": Objective(f"{_LOSSES}:EnsLoss"),
     "tempnet": Objective(f"{_LOSSES}:RobustTemperatureLoss", sized=True),
     "z-loss": Objective(
-        f"{_LOSSES}:ZLoss", {"sharpness": 1.0, "margin": 10.0}, space={"margin": Range(1.0, 30.0, log=True)}
+        f"{_LOSSES}:ZLoss",
+        {"sharpness": 1.0, "margin": 10.0},
+        space={"margin": Range(1.0, 30.0, log=True)},
+        min_classes=3,
     ),
     "loss-reweighting": Objective(
         f"{_TORCH}:CrossEntropyLoss",
@@ -291,7 +296,6 @@ def classify_study(
     Raises:
         DataError: If the data or the options cannot be used, with one sentence that says why.
     """
-    chosen = _line_up(contenders)
     order = _metric_order(metric)
     if folds < 2:
         raise DataError(f"--folds must be at least 2, got {folds}")
@@ -305,6 +309,7 @@ def classify_study(
     problem = TableFolds(path, target, tuple(drop), group, folds, level, seed)
     table = problem.table()
     _check_folds(table, folds)
+    chosen = _line_up(contenders, len(table.classes))
     try:
         factory = training.model_factory(model)
         recipe = Recipe(epochs=epochs, batch_size=batch_size, lr=lr)
@@ -388,13 +393,18 @@ def winner_code(study: Study, winner: str) -> str:
     return "\n".join(sorted(set(lines[: lines.index("")])) + lines[lines.index("") :])
 
 
-def _line_up(names: Sequence[str] | None) -> list[str]:
+def _line_up(names: Sequence[str] | None, num_classes: int) -> list[str]:
     if names is None:
-        return [*BASELINES, *METHODS]
+        # A loss that two classes do not suffice for is nobody's choice: it is left out, not failed.
+        return [name for name in (*BASELINES, *METHODS) if num_classes >= OBJECTIVES[name].min_classes]
     for name in names:
         if name not in OBJECTIVES:
             near = nearest(name, OBJECTIVES)
             raise DataError(f"--contenders: {name!r} is unknown{near or '; known are ' + ', '.join(OBJECTIVES)}")
+    for name in names:
+        fewest = OBJECTIVES[name].min_classes
+        if num_classes < fewest:
+            raise DataError(f"--contenders: {name} needs at least {fewest} classes, the target has {num_classes}")
     # The catalogue's order puts baselines first, whatever order they were named in.
     chosen = [name for name in OBJECTIVES if name in names]
     if not chosen:

@@ -126,7 +126,7 @@ def sentence(record: Mapping[str, Any], metric: str | None = None) -> str:
             parts.append(f"{_names(others)} {'beats' if len(others) == 1 else 'beat'} it too")
     else:
         parts.append(f"nothing is shown to beat {baseline}: keep it")
-    tied = [name for name in record["tied_with_best"].get(shown["name"], []) if name != baseline]
+    tied = [name for name in record.get("tied_with_best", {}).get(shown["name"], []) if name != baseline]
     if better and tied:
         parts.append(f"{_names(tied)} {'is' if len(tied) == 1 else 'are'} not shown to differ from {rows[0]['name']}")
     if worse:
