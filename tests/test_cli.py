@@ -156,7 +156,7 @@ def test_what_needs_no_torch_answers_at_once(words):
 def test_ctrl_c_keeps_what_is_done(data, tmp_path):
     import signal
 
-    command = [sys.executable, "-m", "minimand", *quick(data, "--epochs", "60", "--folds", "5", "--repeats", "20")]
+    command = [sys.executable, "-m", "minimand", *quick(data, "--epochs", "1000", "--folds", "5", "--repeats", "20")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ, text=True)
     from minimand.bench import Store
 
