@@ -111,9 +111,9 @@ def _papers() -> str:
         "New evidence is announced in the [feed](feed.xml).",
         "",
         '<input class="filter" type="search" placeholder="Filter: noise, Lipschitz, 2023, losses ..." '
-        'aria-label="Filter the papers" data-filter="papers">',
+        'aria-label="Filter the papers" data-filter="paper-rows">',
         "",
-        '<table id="papers"><thead><tr><th>method</th><th>what it is for</th><th>paper</th><th>room</th>'
+        '<table id="paper-rows"><thead><tr><th>method</th><th>what it is for</th><th>paper</th><th>room</th>'
         "<th>proofs</th><th>verdict</th></tr></thead><tbody>",
     ]
     for method in methods():
