@@ -156,7 +156,7 @@ def test_what_needs_no_torch_answers_at_once(words):
 def test_ctrl_c_keeps_what_is_done(data, tmp_path):
     import signal
 
-    command = [sys.executable, "-m", "minimand", *quick(data, "--epochs", "1000", "--folds", "5", "--repeats", "20")]
+    command = [sys.executable, "-m", "minimand", *quick(data, "--epochs", "400", "--folds", "5", "--repeats", "40")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ, text=True)
     from minimand.bench import Store
 
@@ -168,7 +168,7 @@ def test_ctrl_c_keeps_what_is_done(data, tmp_path):
                     break
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "stopped" in errors
     assert "Traceback" not in errors

@@ -364,18 +364,34 @@ def _run(
 
 
 def _with_progress(study: Study, kept: Any, console: Any, **options: Any) -> Any:
+    import signal
+
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from . import bench
 
+    stopped = False
+
+    def stop(*_: Any) -> NoReturn:
+        # An exception raised in a callback of another library may be swallowed there: the flag is not.
+        nonlocal stopped
+        stopped = True
+        raise KeyboardInterrupt
+
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("starting", total=None)
 
-        def advance(done: int, total: int, contender: str) -> None:
-            bar.update(task, completed=done, total=total, description=contender or "training")
+            def advance(done: int, total: int, contender: str) -> None:
+                bar.update(task, completed=done, total=total, description=contender or "training")
+                if stopped:
+                    raise KeyboardInterrupt
 
-        return bench.run(study, store=kept, progress=advance, **options)
+            return bench.run(study, store=kept, progress=advance, **options)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _show(record: dict[str, Any], path: pathlib.Path) -> None:
