@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from .engine import Done, Task
+Task = TypeVar("Task")
+Done = TypeVar("Done")
 
 
-def run_on_ray(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Done]]:
+def run_on_ray(tasks: Sequence[Task], workers: int, *, perform: Callable[[Task], Done]) -> Iterator[tuple[Task, Done]]:
     """Run tasks on the Ray cluster that is connected, or named by ``RAY_ADDRESS``, or else on a local one.
 
     minimand must be installed on every machine of the cluster. Each task takes one CPU; Ray runs a task
@@ -18,17 +19,20 @@ def run_on_ray(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Done
     Args:
         tasks: What to run.
         workers: CPUs of a local cluster, if one has to be started.
+        perform: Runs one task.
+
+    Yields:
+        Each task with what it brought back, as they come in.
+
+    Raises:
+        ValueError: If Ray is not installed.
     """
     try:
         import ray
     except ImportError:
         raise ValueError("the ray engine needs Ray: pip install 'minimand[ray]'") from None
-    from .engine import perform
-
     started = not ray.is_initialized()
     if started:
-        import os
-
         if "RAY_ADDRESS" in os.environ:
             ray.init(log_to_driver=False)
         else:

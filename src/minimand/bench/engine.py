@@ -6,6 +6,7 @@ import concurrent.futures
 import concurrent.futures.process
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -229,7 +230,7 @@ def _engine(name: str, jobs: int | None) -> Engine:
     if name == "ray":
         from .cluster import run_on_ray
 
-        return run_on_ray
+        return functools.partial(run_on_ray, perform=perform)
     raise ValueError(f"engine must be 'local' or 'ray', got {name!r}")
 
 
