@@ -45,9 +45,8 @@ def test_cells_run_together_equal_cells_run_alone(uninterrupted):
 def test_a_cell_in_the_store_is_not_run_again(tmp_path):
     with Store(tmp_path / "store.sqlite") as store:
         first = run(toy.study(), store=store, jobs=1)
-        start = time.perf_counter()
         again = run(toy.study(), store=store, jobs=1)
-        assert time.perf_counter() - start < 0.5
+        # A cell that had been run anew would have taken other seconds.
         assert [cell.seconds for cell in again.cells] == [cell.seconds for cell in first.cells]
         more = run(toy.study(), store=store, jobs=1, seeds=30)
         assert len(more.cells) == 90
