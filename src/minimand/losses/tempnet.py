@@ -318,7 +318,7 @@ class RobustTemperatureLoss(Loss):
         num_classes: int,
         *,
         radius: float | None = None,
-        hidden: int = 256,
+        hidden: int | None = None,
         temperature_min: float = 0.01,
         temperature_max: float = 2.0,
         dropout: float = 0.5,
@@ -330,7 +330,8 @@ class RobustTemperatureLoss(Loss):
             num_classes: Classes, or size of the vocabulary.
             radius: The paper's rho. None: three quarters of ``log(num_classes)``, as in the official language
                 model runs.
-            hidden: Prototypes of the network.
+            hidden: Prototypes of the network. None: the paper's 256, which are for vocabularies, but no more than four
+                a class: with ten classes they would outweigh the model.
             temperature_min: Lower edge of the temperatures.
             temperature_max: Upper edge of the temperatures.
             dropout: Of the network.
@@ -340,7 +341,7 @@ class RobustTemperatureLoss(Loss):
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         net = TempNet(
             num_classes,
-            hidden=hidden,
+            hidden=min(256, 4 * num_classes) if hidden is None else hidden,
             temperature_min=temperature_min,
             temperature_max=temperature_max,
             dropout=dropout,
