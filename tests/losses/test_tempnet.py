@@ -363,7 +363,7 @@ def test_training_the_network_brings_each_temperature_to_the_exact_one():
     loss = robust_loss(radius=0.8, hidden=64)
     exact = exact_temperature(scores, radius=0.8, temperature_min=0.01, temperature_max=2.0)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2)
-    for _ in range(1500):
+    for _ in range(3000):
         optimizer.zero_grad()
         loss(scores, target).backward()
         optimizer.step()

@@ -117,7 +117,7 @@ class FactoredSphericalLinear(nn.Module):
         self.num_classes = num_classes
         self.has_bias = bias
         self.stabilise_period = stabilise_period
-        self.loss = loss
+        self.loss: Any = loss
         width = in_features + bias
         state: dict[str, Any] = {"device": device, "dtype": state_dtype}
         self.register_buffer("class_factors", torch.empty(num_classes, width, device=device, dtype=dtype))

@@ -482,10 +482,11 @@ def _frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def _in_dtype_of(module: nn.Module, inputs: Any) -> Any:
-    first = next(module.parameters(), None)
-    if first is None or not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
         return inputs
-    return inputs.to(first.dtype)
+    for parameter in module.parameters():  # next(..., default) breaks the graph in torch 2.6
+        return inputs.to(parameter.dtype)
+    return inputs
 
 
 def _map_file(

@@ -25,7 +25,7 @@ Belonging to the Spherical Loss Family", ICLR 2016, arXiv 1511.05042.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +43,14 @@ ValueAndPartials = tuple[
 
 @runtime_checkable
 class SphericalLoss(Protocol):
-    """What a member of the spherical family offers; any :class:`~minimand.losses.Loss` with these is one."""
+    """What a member of the spherical family offers; any :class:`~minimand.losses.Loss` with these is one.
+
+    It also has a Loss's ``weight`` and ``reduction``. A module keeps those among its buffers and submodules, where
+    ``isinstance`` does not look from Python 3.12 on, so they are not listed here.
+    """
 
     min_classes: int
-    weight: Tensor | None
     ignore_index: int
-    reduction: Reduction
 
     def value_and_partials(
         self,
@@ -405,7 +407,7 @@ def _statistics(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, i
     return own, rows.square().sum(1), rows.sum(1), rows.shape[1]
 
 
-def _loss_of_scores(loss: SphericalLoss, input: Tensor, target: Tensor) -> Tensor:
+def _loss_of_scores(loss: Any, input: Tensor, target: Tensor) -> Tensor:
     """Compute a member's loss from all the scores, for the classes that still fit."""
     rows, labels, row_weight = class_rows(
         input, target, weight=loss.weight, ignore_index=loss.ignore_index, min_classes=loss.min_classes
