@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 import pathlib
 import platform
@@ -278,13 +279,16 @@ def _metric(record: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
 
 
 def _difference(row: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
-    in_percent = metric["unit"] == "%"
-    scale, digits = (100, 1) if in_percent else (1, 3)
-    unit = " points" if in_percent else f" {metric['unit']}".rstrip()
     numbers = [row["difference"], row["low"], row["high"]]
     if any(number is None or number != number for number in numbers):
         return "no pair of cells to compare"
-    difference, low, high = (f"{scale * number:.{digits}f}" for number in numbers)
+    in_percent = metric["unit"] == "%"
+    scaled = [(100 if in_percent else 1) * number for number in numbers]
+    unit = " points" if in_percent else f" {metric['unit']}".rstrip()
+    # Four digits say all that an interval can hold, whatever the metric's scale.
+    largest = max((abs(number) for number in scaled if math.isfinite(number)), default=0.0)
+    digits = 1 if in_percent else max(0, 3 - max(0, math.floor(math.log10(largest or 1.0))))
+    difference, low, high = (f"{number:,.{digits}f}" for number in scaled)
     return f"{difference}{unit} (95 % interval {low} to {high})"
 
 
