@@ -301,6 +301,8 @@ def classify_study(
         raise DataError(f"--folds must be at least 2, got {folds}")
     if repeats < 1:
         raise DataError(f"--repeats must be at least 1, got {repeats}")
+    if seed < 0:
+        raise DataError(f"--seed must be at least 0, got {seed}")
     if tune < 0:
         raise DataError(f"--tune must be at least 0, got {tune}")
     level = (BUILT_IN_NOISE if path is None else 0.0) if noise is None else noise
@@ -315,6 +317,8 @@ def classify_study(
         recipe = Recipe(epochs=epochs, batch_size=batch_size, lr=lr)
     except ValueError as error:
         raise DataError(f"--{error}") from None
+    if factory not in (training.linear, training.mlp):
+        _check_model(factory, model, problem(None, 0))
     trained = {
         name: TrainClassifier(OBJECTIVES[name], make_model=factory, recipe=recipe, space=OBJECTIVES[name].space)
         for name in chosen
@@ -357,7 +361,10 @@ def model_code(factory: Callable[..., Any]) -> str:
     """Hash the file that a user's model factory lies in, so that its cells are run again when it changes."""
     if factory in (training.linear, training.mlp):
         return ""
-    source = inspect.getsourcefile(inspect.unwrap(factory))
+    try:
+        source = inspect.getsourcefile(inspect.unwrap(factory))
+    except TypeError:  # built into the interpreter, so its code does not change
+        return ""
     return hashlib.blake2b(pathlib.Path(source).read_bytes(), digest_size=8).hexdigest() if source else ""
 
 
@@ -465,6 +472,23 @@ def _check_features(features: pl.DataFrame, name: str) -> None:
         raise DataError(f"column {nested[0]!r} holds lists or structures: unpack it, or leave it out with --drop")
     if all(features[column].n_unique() == 1 for column in features.columns):
         raise DataError(f"{name} is constant: no column has two different values, so there is nothing to learn from")
+
+
+def _check_model(factory: Callable[[Any, int], Any], name: str, split: Split) -> None:
+    """Build a user's model once, before any training, and see that it scores the classes of a row."""
+    features, classes = split.train_inputs.shape[1], split.num_classes
+    try:
+        model = factory(features, classes)
+        scores = model(split.train_inputs[:2]) if isinstance(model, nn.Module) else None
+    except Exception as error:  # a user's code may raise anything
+        line = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(f"--model: {name}({features}, {classes}) fails with {line}") from error
+    if scores is None:
+        raise DataError(f"--model: {name} must return a torch.nn.Module, it returns a {type(model).__name__}")
+    if tuple(scores.shape) != (2, classes):
+        raise DataError(
+            f"--model: {name} must score {classes} classes a row, two rows gave shape {tuple(scores.shape)}"
+        )
 
 
 def _check_folds(table: LabelledTable, folds: int) -> None:
