@@ -247,3 +247,30 @@ def test_a_missing_or_wrong_index_is_refused():
         loss(scores, target)
     with pytest.raises(ValueError, match=r"index must lie in \[0, 9\]"):
         loss(scores, target, index=torch.tensor([0, 1, 2, 10]))
+
+
+def test_of_two_fixed_points_the_better_one_is_chosen():
+    """Some scores have a second fixed point, which only the objective tells from the maximum."""
+    generator = torch.Generator().manual_seed(0)
+    scale = 4 * torch.rand(20_000, 1, generator=generator, dtype=F64)
+    scores = scale * torch.randn(20_000, 4, generator=generator, dtype=F64)
+    temperature, alpha = 1.0, 1.05
+    strength = alpha * math.log(4) / temperature
+    ends = []
+    for start in (temperature, temperature * (1 - 1 / alpha)):
+        value = torch.full((len(scores),), start, dtype=F64)
+        for _ in range(300):
+            log_p = torch.log_softmax(scores / value[:, None], 1)
+            value = temperature - ((log_p.exp() * log_p).sum(1) + math.log(4)) / strength
+        ends.append(value)
+    double = (ends[0] - ends[1]).abs() > 0.05
+    assert double.sum() > 20
+    chosen = aldr_temperature(scores[double], temperature, alpha, iterations=300)
+    upper, lower = ends[0][double], ends[1][double]
+    target = torch.zeros(int(double.sum()), dtype=torch.long)
+    gain = [objective(scores[double], target, 0.0, value, temperature, strength) for value in (upper, lower)]
+    assert (gain[0] > gain[1] + 1e-4).any()
+    assert (gain[1] > gain[0] + 1e-4).any()
+    better = torch.where(gain[0] >= gain[1], upper, lower)
+    clear = (gain[0] - gain[1]).abs() > 1e-6
+    torch.testing.assert_close(chosen[clear], better[clear], rtol=0, atol=1e-5)
