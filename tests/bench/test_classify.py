@@ -244,6 +244,24 @@ def test_a_loss_for_three_classes_or_more_is_left_out_of_two_and_refused_by_name
         classify_study(path, target="y", contenders=["cross-entropy", "z-loss"])
 
 
+def test_another_table_under_the_same_name_is_read_anew(tmp_path):
+    path = write(tmp_path, "d.csv", ROWS)
+    first = classify_study(path, target="y")
+    write(tmp_path, "d.csv", ROWS + "9,1,u\n")
+    second = classify_study(path, target="y")
+    assert first.data_key != second.data_key
+    assert "21 rows" in second.data
+    sizes = [len(second.problem(None, fold).test_target) for fold in range(5)]
+    assert sum(sizes) == 21
+
+
+def test_a_table_that_changes_under_the_run_is_refused(tmp_path):
+    path = write(tmp_path, "d.csv", ROWS)
+    problem = TableFolds(path, "y", (), None, 5, 0.0, 0, "the hash of what it was")
+    with pytest.raises(DataError, match="has changed since the comparison began"):
+        problem(None, 0)
+
+
 def test_a_risk_is_part_of_an_objective():
     loss = Objective("torch.nn:CrossEntropyLoss", risk="minimand.risks:Mean")(3)
     scores, target = torch.randn(5, 3), torch.randint(3, (5,))

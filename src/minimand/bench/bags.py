@@ -19,7 +19,7 @@ from ..bounds import best_rho
 from ..losses import AggregateLoss, ols
 from ..tables import TableEncoder
 from ..training import Recipe
-from .readers import DataError, file_hash, read_table, require_column
+from .readers import DataError, content_hash, read_table, require_column, require_content
 from .study import Metric, Outcome, Run, Study
 
 # Small values first: with many bags and little noise the best rho is a few hundredths.
@@ -153,6 +153,7 @@ class BagFolds:
         drop: Columns left out.
         folds: Folds a repeat.
         seed: Shuffles the folds.
+        content: Hash of the file's content, so that another table under the same name is another problem.
     """
 
     path: str | None
@@ -161,6 +162,7 @@ class BagFolds:
     drop: tuple[str, ...]
     folds: int
     seed: int
+    content: str = ""
 
     def __call__(self, source: Any, seed: int) -> BagSplit:
         """Return the data of cell ``seed``."""
@@ -184,7 +186,7 @@ class BagFolds:
 
     def table(self) -> BagTable:
         """Read the table, once a process."""
-        return _table(self.path, self.target, self.bag, self.drop)
+        return _table(self.path, self.target, self.bag, self.drop, self.content)
 
 
 Predictor = Callable[[Tensor], Tensor]
@@ -373,7 +375,7 @@ def bags_study(
         raise DataError(f"--folds must be at least 2, got {folds}")
     if repeats < 1:
         raise DataError(f"--repeats must be at least 1, got {repeats}")
-    problem = BagFolds(path, target, bag, tuple(drop), folds, seed)
+    problem = BagFolds(path, target, bag, tuple(drop), folds, seed, content_hash(path))
     table = problem.table()
     count = int(table.bag.max()) + 1
     if count < folds:
@@ -420,7 +422,7 @@ def bags_study(
         notes=evaluated + " Errors are mean squares, the noise of the labels included. The formula assumes random "
         "bags and a linear model.",
         data=table.describe(),
-        data_key="diabetes in bags of four" if path is None else file_hash(path),
+        data_key="diabetes in bags of four" if path is None else problem.content,
         settings={
             "target": target,
             "bag": bag,
@@ -535,7 +537,8 @@ def _numbers(column: pl.Series) -> NDArray[np.float64]:
 
 
 @functools.lru_cache(maxsize=4)
-def _table(path: str | None, target: str | None, bag: str | None, drop: tuple[str, ...]) -> BagTable:
+def _table(path: str | None, target: str | None, bag: str | None, drop: tuple[str, ...], content: str) -> BagTable:
+    require_content(path, content)
     return bag_table(path, target=target, bag=bag, drop=drop)
 
 

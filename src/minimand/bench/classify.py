@@ -23,7 +23,7 @@ from ..tables import TableEncoder
 from ..training import Recipe
 from .classification import METRICS, Range, Split, TrainClassifier
 from .label_noise import flip_uniformly
-from .readers import DataError, file_hash, nearest, read_table, require_column
+from .readers import DataError, content_hash, nearest, read_table, require_column, require_content
 from .study import Study
 from .tuning import tuned
 
@@ -237,6 +237,7 @@ class TableFolds:
         folds: Folds a repeat.
         noise: Share of training labels replaced by another class.
         seed: Shuffles the folds and draws the noise.
+        content: Hash of the file's content, so that another table under the same name is another problem.
     """
 
     path: str | None
@@ -246,6 +247,7 @@ class TableFolds:
     folds: int
     noise: float
     seed: int
+    content: str = ""
 
     def __call__(self, source: Any, seed: int) -> Split:
         """Return the data of cell ``seed``."""
@@ -253,7 +255,7 @@ class TableFolds:
 
     def table(self) -> LabelledTable:
         """Read the table, once a process."""
-        return _table(self.path, self.target, self.drop, self.group)
+        return _table(self.path, self.target, self.drop, self.group, self.content)
 
 
 def classify_study(
@@ -308,7 +310,7 @@ def classify_study(
     level = (BUILT_IN_NOISE if path is None else 0.0) if noise is None else noise
     if not 0 <= level < 1:
         raise DataError(f"--noise must be at least 0 and below 1, got {level}")
-    problem = TableFolds(path, target, tuple(drop), group, folds, level, seed)
+    problem = TableFolds(path, target, tuple(drop), group, folds, level, seed, content_hash(path))
     table = problem.table()
     _check_folds(table, folds)
     chosen = _line_up(contenders, len(table.classes))
@@ -338,7 +340,7 @@ def classify_study(
         if level
         else "",
         data=table.describe() + (f", {100 * level:g} % of the training labels made wrong" if level else ""),
-        data_key="digits" if built_in else file_hash(str(path)),
+        data_key="digits" if built_in else problem.content,
         settings={
             "target": target,
             "drop": sorted(drop),
@@ -509,7 +511,10 @@ def _check_folds(table: LabelledTable, folds: int) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _table(path: str | None, target: str | None, drop: tuple[str, ...], group: str | None) -> LabelledTable:
+def _table(
+    path: str | None, target: str | None, drop: tuple[str, ...], group: str | None, content: str
+) -> LabelledTable:
+    require_content(path, content)
     return label_table(path, target=target, drop=drop, group=group)
 
 

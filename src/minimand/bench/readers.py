@@ -63,6 +63,17 @@ def file_hash(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def content_hash(path: str | os.PathLike[str] | None) -> str:
+    """Hash a file's content; nothing for no file, of which :func:`read_table` says what is wrong."""
+    return "" if path is None or not os.path.isfile(path) else file_hash(path)
+
+
+def require_content(path: str | os.PathLike[str] | None, content: str) -> None:
+    """Raise a DataError if a file is no longer what it was: its cells would be stored as another table's."""
+    if content and content_hash(path) != content:
+        raise DataError(f"{path} has changed since the comparison began: run it again")
+
+
 def require_column(frame: pl.DataFrame, name: str, option: str) -> None:
     """Raise a DataError with the nearest names unless the table has that column."""
     if name not in frame.columns:
