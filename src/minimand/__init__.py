@@ -10,12 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("bench", "bounds", "losses", "optim", "report", "risks", "scores", "studies", "training")
+_ROOMS = (
+    *("bench", "bounds", "constraints", "losses", "optim", "report"),
+    *("risks", "scores", "studies", "training", "transport"),
+)
 
 __all__ = ["ObjectiveClassifier", "__version__", *_ROOMS]
 
 if TYPE_CHECKING:
-    from . import bench, bounds, losses, optim, report, risks, scores, studies, training  # noqa: F401
+    from . import (  # noqa: F401
+        bench,
+        bounds,
+        constraints,
+        losses,
+        optim,
+        report,
+        risks,
+        scores,
+        studies,
+        training,
+        transport,
+    )
     from .classifier import ObjectiveClassifier
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import minimand
-from minimand import losses, risks
+from minimand import constraints, losses, risks
 
-ROOMS = ("losses", "risks", "optim", "bounds")
+ROOMS = ("losses", "risks", "constraints", "transport", "optim", "bounds")
 PARTS = [
     (room, name)
     for room in ROOMS
@@ -64,8 +64,14 @@ def adaptive(part, dtype):
     return part(features).sum(), features
 
 
+def multiplier(part, dtype):
+    violations = scores(dtype, (3,)).requires_grad_()
+    return part(violations), violations
+
+
 MODULES = {
     "AggregateLoss": (losses.AggregateLoss, aggregate),
+    "Multiplier": (lambda: constraints.Multiplier(0.1, num_constraints=3, damping=1.0), multiplier),
     "TempNet": (lambda: losses.TempNet(3), tempnet),
     "TempNetContrastiveLoss": (lambda: losses.TempNetContrastiveLoss(6, 4, radius=1.0), contrastive),
     "SmoothAdversarialCompSumLoss": (lambda: losses.SmoothAdversarialCompSumLoss(eps=0.1), adversarial),

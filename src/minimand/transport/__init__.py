@@ -1,0 +1,3 @@
+"""What moves where: optimal transport with plans that people and networks can use."""
+
+__all__: list[str] = []

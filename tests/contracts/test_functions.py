@@ -1,0 +1,89 @@
+"""What every public function of the numerical rooms keeps: finite numbers from finite ones, an error from NaN."""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+
+from minimand import bounds, constraints
+
+ROOMS = ("constraints", "transport", "optim", "bounds")
+
+
+def finite(value):
+    """Walk a result and tell whether every number in it is finite."""
+    if isinstance(value, torch.Tensor):
+        return bool(torch.isfinite(value).all()) if value.is_floating_point() else True
+    if isinstance(value, float):
+        return abs(value) < float("inf")
+    if isinstance(value, dict):
+        return all(finite(one) for one in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(finite(one) for one in value)
+    return all(finite(one) for one in vars(value).values()) if hasattr(value, "__dict__") else True
+
+
+def vector(x, size=4):
+    return torch.linspace(-1, 1, size, dtype=torch.float64) + x
+
+
+ROWS = torch.stack([vector(0.0), -vector(0.0)])
+
+
+def regression(x):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1, bias=False).double()
+    return model, torch.nn.MSELoss(), (ROWS + x, torch.ones(2, 1, dtype=torch.float64))
+
+
+def constrained(weight):
+    weight = torch.nn.Parameter(weight)
+    constraints.constrain(torch.optim.SGD([weight], lr=0.1), constraints.Ball(1.0))
+    return weight
+
+
+# Name to a call on data to which ``x`` is added: 0.0, or NaN to see it refused.
+FUNCTIONS = {
+    "augmented_lagrangian": lambda x: constraints.augmented_lagrangian(vector(x), vector(2.0)),
+    "best_bag_size": lambda x: bounds.best_bag_size(20.0 + x, epsilon=2.0, clip=2.0),
+    "best_rho": lambda x: bounds.best_rho(10.0 + x, bag_size=5),
+    "comp_sum_bound": lambda x: bounds.comp_sum_bound(vector(x).square(), tau=1.0, num_classes=10),
+    "comp_sum_transform": lambda x: bounds.comp_sum_transform(vector(x).square(), tau=1.0, num_classes=10),
+    "conditional_regret": lambda x: bounds.conditional_regret(vector(x).softmax(-1), vector(0.0), tau=1.0),
+    "constrain": lambda x: constrained(vector(x).view(2, 2)),
+    "exact_penalty": lambda x: constraints.exact_penalty(vector(x)),
+    "interpolation_risk": lambda x: bounds.interpolation_risk(10.0 + x, bag_size=5, rho=1.0),
+    "log_barrier": lambda x: constraints.log_barrier(vector(x)),
+    "minimizability_gap": lambda x: bounds.minimizability_gap(vector(x).softmax(-1)[None], ROWS[:, None], tau=1.0),
+    "project_ball": lambda x: constraints.project_ball(vector(x)),
+    "project_simplex": lambda x: constraints.project_simplex(vector(x)),
+    "quadratic_penalty": lambda x: constraints.quadratic_penalty(vector(x)),
+    "sharpness": lambda x: bounds.sharpness(*regression(x), radius=0.1),
+    "top_hessian_eigenvalue": lambda x: bounds.top_hessian_eigenvalue(*regression(x)),
+}
+
+
+def exported():
+    return [
+        name
+        for room in ROOMS
+        for name in importlib.import_module(f"minimand.{room}").__all__
+        if inspect.isfunction(getattr(importlib.import_module(f"minimand.{room}"), name))
+    ]
+
+
+def test_every_function_has_a_row():
+    assert set(exported()) == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_of_finite_numbers_is_finite(name):
+    assert finite(FUNCTIONS[name](0.0))
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_refuses_nan(name):
+    with pytest.raises((ValueError, TypeError), match=r"(?i)nan|finite|between|must"):
+        FUNCTIONS[name](float("nan"))
