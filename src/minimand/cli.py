@@ -319,8 +319,13 @@ def _run(
     as_json: bool,
     seeds: int | None = None,
     code: Callable[[Study, str], str] | None = None,
+    figures: Callable[[Study, dict[str, Any]], list[dict[str, str]]] | None = None,
 ) -> dict[str, Any]:
-    """Run a study, show it, and write its report."""
+    """Run a study, show it, and write its report.
+
+    ``figures`` draws, from the study and its record, what the report shows besides its charts: dicts of ``title``,
+    ``caption`` and ``svg``, the last an ``<svg>`` element whose texts are escaped.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -343,6 +348,8 @@ def _run(
     record = bench.make_record(study, results, kind=kind, problem=problem, seconds=time.perf_counter() - start)
     if code is not None and record["metrics"]:
         record["code"] = code(study, record["recommended"])
+    if figures is not None and record["metrics"]:
+        record["figures"] = figures(study, record)
     path = out / (f"{problem}.html" if kind == "reproduce" else f"compare-{problem}.html")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -60,3 +60,24 @@ def test_two_processes_may_write_at_once(tmp_path):
         one.put([(KEY, Outcome({"a": 1.0}), 1.0)])
         two.put([(dataclasses.replace(KEY, seed=4), Outcome({"a": 2.0}), 1.0)])
         assert len(one) == len(two) == 2
+
+
+def test_details_come_back(tmp_path):
+    details = {"edges": [[0, 1], [2, 0]], "names": ["a", "b", "c"]}
+    with Store(tmp_path / "store.sqlite") as store:
+        store.put([(KEY, Outcome({"a": 1.0}, details=details), 1.0)])
+    with Store(tmp_path / "store.sqlite") as store:
+        assert store.get(KEY).outcome.details == details
+
+
+def test_a_store_of_an_earlier_version_is_read_and_written(tmp_path):
+    path = tmp_path / "store.sqlite"
+    with Store(path) as store:
+        store.put([(KEY, Outcome({"a": 1.0}), 1.0)])
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE cells DROP COLUMN details")
+    with Store(path) as store:
+        assert store.get(KEY).outcome == Outcome({"a": 1.0}, {}, 1.0)
+        other = dataclasses.replace(KEY, seed=4)
+        store.put([(other, Outcome({"a": 2.0}, details={"b": 1}), 1.0)])
+        assert store.get(other).outcome.details == {"b": 1}

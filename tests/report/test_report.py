@@ -256,3 +256,15 @@ def test_importing_the_report_loads_neither_torch_nor_matplotlib():
     code = f"import sys, minimand.report, minimand.report.terminal; print({heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+def test_figures_are_drawn_where_they_stand_and_their_words_do_no_harm():
+    svg = '<svg viewBox="0 0 2 1" role="img"><title>found</title><path d="M0 0h2"/></svg>'
+    figure = {"title": HOSTILE, "caption": "what " + HOSTILE, "svg": svg}
+    text = render(small_record(figures=[figure, {**figure, "title": "second"}]))
+    reader = Reader(text)
+    assert text.count(svg) == 2
+    assert "<script>alert" not in text
+    assert HOSTILE in reader.texts
+    assert "second" in reader.texts
+    assert "figure" not in {tag for tag, _ in Reader(render(small_record())).tags}

@@ -67,6 +67,7 @@ def make_record(
                 "metrics": dict(cell.outcome.metrics),
                 "curves": {name: list(curve) for name, curve in cell.outcome.curves.items()},
                 "seconds": cell.seconds,
+                **({"details": dict(cell.outcome.details)} if cell.outcome.details else {}),
             }
             for cell in results.cells
         ],
@@ -85,6 +86,7 @@ def make_record(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": seconds,
         "code": code,
+        "figures": [],
         "failures": [as_dict(failure) for failure in results.failures],
     }
     record["recommended"] = recommended(record)
@@ -142,8 +144,9 @@ def sentence(record: Mapping[str, Any], metric: str | None = None) -> str:
 
 
 def write_evidence(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a study's record as shipped evidence: curves left out, numbers as measured."""
-    slim = {**record, "cells": [{**cell, "curves": {}} for cell in record["cells"]]}
+    """Write a study's record as shipped evidence: curves and details left out, numbers as measured."""
+    numbers = ("contender", "seed", "metrics", "seconds")
+    slim = {**record, "cells": [{"curves": {}, **{name: cell[name] for name in numbers}} for cell in record["cells"]]}
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(".part")

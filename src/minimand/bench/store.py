@@ -23,6 +23,7 @@ CREATE TABLE IF NOT EXISTS cells (
     metrics TEXT NOT NULL,
     curves TEXT NOT NULL,
     seconds REAL NOT NULL,
+    details TEXT NOT NULL DEFAULT '{}',
     created TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now')),
     PRIMARY KEY (study, contender, settings, data, code, seed)
 ) WITHOUT ROWID
@@ -87,6 +88,9 @@ class Store:
         # FULL syncs the log at each commit, so that a committed cell also survives a power cut.
         self._connection.execute("PRAGMA synchronous=FULL")
         self._connection.execute(_SCHEMA)
+        columns = {row[1] for row in self._connection.execute("PRAGMA table_info(cells)")}
+        if "details" not in columns:  # a store of an earlier version
+            self._connection.execute("ALTER TABLE cells ADD COLUMN details TEXT NOT NULL DEFAULT '{}'")
 
     def __enter__(self) -> Store:
         return self
@@ -110,27 +114,29 @@ class Store:
                 json.dumps(dict(outcome.metrics), sort_keys=True),
                 json.dumps({name: list(curve) for name, curve in outcome.curves.items()}, sort_keys=True),
                 seconds,
+                json.dumps(dict(outcome.details), sort_keys=True),
             )
             for key, outcome, seconds in cells
         ]
         with self._transaction():
             self._connection.executemany(
-                "INSERT OR IGNORE INTO cells (study, contender, settings, data, code, seed, metrics, curves, seconds)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR IGNORE INTO cells (study, contender, settings, data, code, seed, metrics, curves, seconds,"
+                " details) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 rows,
             )
 
     def get(self, key: CellKey) -> Cell | None:
         """Return the cell of that key, or None if it has not been run."""
         row = self._connection.execute(
-            "SELECT metrics, curves, seconds FROM cells WHERE study = ? AND contender = ? AND settings = ?"
+            "SELECT metrics, curves, seconds, details FROM cells WHERE study = ? AND contender = ? AND settings = ?"
             " AND data = ? AND code = ? AND seed = ?",
             dataclasses.astuple(key),
         ).fetchone()
         if row is None:
             return None
-        metrics, curves, seconds = row
-        return Cell(key.contender, key.seed, Outcome(json.loads(metrics), json.loads(curves), seconds), seconds)
+        metrics, curves, seconds, details = row
+        outcome = Outcome(json.loads(metrics), json.loads(curves), seconds, json.loads(details))
+        return Cell(key.contender, key.seed, outcome, seconds)
 
     def __len__(self) -> int:
         return int(self._connection.execute("SELECT COUNT(*) FROM cells").fetchone()[0])

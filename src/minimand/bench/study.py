@@ -78,11 +78,13 @@ class Outcome:
         metrics: One number a metric.
         curves: Numbers over training, one list a curve.
         seconds: What the cell cost. None: the engine's own measurement.
+        details: What else was found and a report may draw, JSON-able: a graph, the times of a survival curve.
     """
 
     metrics: Mapping[str, float]
     curves: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     seconds: float | None = None
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Contender(Protocol):

@@ -167,6 +167,7 @@ def _page(record: Mapping[str, Any]) -> dict[str, Any]:
         "seen": {row["standing"] for view in metrics for row in view["rows"]},
         "standings": {row["name"]: row["standing"] for row in metrics[0]["rows"]},
         "curves": [drawn for name in names if (drawn := charts.curves(record["cells"], name, order))],
+        "figures": record.get("figures") or [],
         "claims": claims(record),
         "seeds": len({cell["seed"] for cell in record["cells"]}),
         "date": _date(record.get("date"), "{0.day} {0:%B %Y}"),
