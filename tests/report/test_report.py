@@ -261,7 +261,7 @@ def test_importing_the_report_loads_neither_torch_nor_matplotlib():
 def test_figures_are_drawn_where_they_stand_and_their_words_do_no_harm():
     svg = '<svg viewBox="0 0 2 1" role="img"><title>found</title><path d="M0 0h2"/></svg>'
     figure = {"title": HOSTILE, "caption": "what " + HOSTILE, "svg": svg}
-    text = render(small_record(figures=[figure, {**figure, "title": "second"}]))
+    text = render({**small_record(), "figures": [figure, {**figure, "title": "second"}]})
     reader = Reader(text)
     assert text.count(svg) == 2
     assert "<script>alert" not in text
