@@ -13,6 +13,8 @@ ROOMS = ("constraints", "transport", "optim", "bounds")
 
 def finite(value):
     """Walk a result and tell whether every number in it is finite."""
+    if isinstance(value, str):
+        return True
     if isinstance(value, torch.Tensor):
         return bool(torch.isfinite(value).all()) if value.is_floating_point() else True
     if isinstance(value, float):
@@ -37,6 +39,9 @@ def regression(x):
     return model, torch.nn.MSELoss(), (ROWS + x, torch.ones(2, 1, dtype=torch.float64))
 
 
+LOOP = {"lipschitz": 2.0, "expert_lipschitz": 1.0, "input_gain": 0.5, "contraction": 0.5, "cost_lipschitz": 1.0}
+
+
 def constrained(weight):
     weight = torch.nn.Parameter(weight)
     constraints.constrain(torch.optim.SGD([weight], lr=0.1), constraints.Ball(1.0))
@@ -48,18 +53,36 @@ FUNCTIONS = {
     "augmented_lagrangian": lambda x: constraints.augmented_lagrangian(vector(x), vector(2.0)),
     "best_bag_size": lambda x: bounds.best_bag_size(20.0 + x, epsilon=2.0, clip=2.0),
     "best_rho": lambda x: bounds.best_rho(10.0 + x, bag_size=5),
+    "closed_loop_bounds": lambda x: constraints.closed_loop_bounds(**LOOP, policy_error=0.1 + x),
     "comp_sum_bound": lambda x: bounds.comp_sum_bound(vector(x).square(), tau=1.0, num_classes=10),
     "comp_sum_transform": lambda x: bounds.comp_sum_transform(vector(x).square(), tau=1.0, num_classes=10),
     "conditional_regret": lambda x: bounds.conditional_regret(vector(x).softmax(-1), vector(0.0), tau=1.0),
     "constrain": lambda x: constrained(vector(x).view(2, 2)),
     "exact_penalty": lambda x: constraints.exact_penalty(vector(x)),
+    "fill_distance": lambda x: constraints.fill_distance(ROWS, ROWS + 1 + x),
+    "fill_failure_probability": lambda x: constraints.fill_failure_probability(
+        num_samples=100, num_balls=10, ball_probability=0.1 + x
+    ),
     "interpolation_risk": lambda x: bounds.interpolation_risk(10.0 + x, bag_size=5, rho=1.0),
+    "lipschitz_regression": lambda x: constraints.lipschitz_regression(ROWS, ROWS + x, lipschitz=0.5),
     "log_barrier": lambda x: constraints.log_barrier(vector(x)),
+    "mcshane_extension": lambda x: constraints.mcshane_extension(ROWS + 1 + x, ROWS, ROWS, lipschitz=0.5),
+    "measurement_attack": lambda x: constraints.measurement_attack(
+        lambda state: -state,
+        lambda state, control: state + control,
+        ROWS + x,
+        radius=0.1,
+        value=lambda state: state[:, 0],
+    ),
     "minimizability_gap": lambda x: bounds.minimizability_gap(vector(x).softmax(-1)[None], ROWS[:, None], tau=1.0),
+    "policy_error_bound": lambda x: constraints.policy_error_bound(
+        fit_error=0.1 + x, lipschitz=2.0, expert_lipschitz=3.0, covering_radius=0.1
+    ),
     "project_ball": lambda x: constraints.project_ball(vector(x)),
     "project_simplex": lambda x: constraints.project_simplex(vector(x)),
     "quadratic_penalty": lambda x: constraints.quadratic_penalty(vector(x)),
     "sharpness": lambda x: bounds.sharpness(*regression(x), radius=0.1),
+    "slope_violation": lambda x: constraints.slope_violation(ROWS, ROWS + x, lipschitz=0.5),
     "top_hessian_eigenvalue": lambda x: bounds.top_hessian_eigenvalue(*regression(x)),
 }
 

@@ -5,6 +5,7 @@ a row in MODULES: one that has none fails, so a new part is covered the day it i
 """
 
 import copy
+import dataclasses
 import doctest
 import importlib
 import inspect
@@ -69,8 +70,17 @@ def multiplier(part, dtype):
     return part(violations), violations
 
 
+def lipschitz_regressor(part, dtype):
+    states = scores(dtype, (6, 2)).requires_grad_()
+    return part(states).sum(), states
+
+
 MODULES = {
     "AggregateLoss": (losses.AggregateLoss, aggregate),
+    "LipschitzRegressor": (
+        lambda: constraints.LipschitzRegressor(2.0).fit(torch.eye(2), torch.eye(2)[:, :1]),
+        lipschitz_regressor,
+    ),
     "Multiplier": (lambda: constraints.Multiplier(0.1, num_constraints=3, damping=1.0), multiplier),
     "TempNet": (lambda: losses.TempNet(3), tempnet),
     "TempNetContrastiveLoss": (lambda: losses.TempNetContrastiveLoss(6, 4, radius=1.0), contrastive),
@@ -155,7 +165,8 @@ def test_a_public_part_says_what_it_does_shows_it_and_names_its_source(room, nam
     part = getattr(importlib.import_module(f"minimand.{room}"), name)
     text = inspect.getdoc(part) or ""
     assert len(text.splitlines()[0]) > 20
-    if inspect.isclass(part) and (issubclass(part, tuple) or getattr(part, "_is_protocol", False)):
+    result = inspect.isclass(part) and (issubclass(part, tuple) or dataclasses.is_dataclass(part))
+    if result or getattr(part, "_is_protocol", False):
         return  # a result or a protocol shows itself where it is used
     assert "Example:" in text
     assert "Source:" in text or name == "Mean"

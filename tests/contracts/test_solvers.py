@@ -4,11 +4,22 @@ import importlib
 import inspect
 
 import pytest
+import torch
 
+from minimand import constraints
 from minimand.stopping import Stop
 
+STEEP = torch.linspace(0, 1, 8)[:, None], torch.linspace(0, 3, 8)[:, None].square()
+
 # Name to a call ``(max_iter, max_seconds) -> Stop`` on a problem that takes more than one iteration.
-SOLVERS = {}
+SOLVERS = {
+    "LipschitzRegressor": lambda max_iter, max_seconds: (
+        constraints.LipschitzRegressor(0.5, max_iter=max_iter, max_seconds=max_seconds).fit(*STEEP).result.status
+    ),
+    "lipschitz_regression": lambda max_iter, max_seconds: (
+        constraints.lipschitz_regression(*STEEP, lipschitz=0.5, max_iter=max_iter, max_seconds=max_seconds).status
+    ),
+}
 
 
 def exported():
