@@ -286,19 +286,20 @@ def test_no_run_leaves_the_bounds_on_state_and_regret():
 
 
 def test_the_bounds_are_met_by_the_worst_loop():
-    """x' = rho x + L_u u with an expert of no slope: a policy that is off by eps all the time reaches the bound."""
-    contraction, input_gain, error, horizon = 0.8, 0.5, 0.3, 12
+    """x' = rho x + L_u u, an expert that does nothing, and a control that is off by eps + alpha delta every time."""
+    contraction, input_gain, error, slope, delta, horizon = 0.8, 0.5, 0.3, 2.0, 0.1, 12
     x = 0.0
     for _ in range(horizon):
-        x = contraction * x + input_gain * error
+        x = contraction * x + input_gain * (error + slope * delta)
     found = closed_loop_bounds(
-        lipschitz=0.0, expert_lipschitz=0.0, input_gain=input_gain, contraction=contraction, cost_lipschitz=2.0,
-        policy_error=error, horizon=horizon,
+        lipschitz=slope, expert_lipschitz=0.0, input_gain=input_gain, contraction=contraction, cost_lipschitz=2.0,
+        policy_error=error, measurement_error=delta, horizon=horizon,
     )  # fmt: skip
     assert found.state == pytest.approx(x)
-    # In the limit the state is off by L_u eps / (1 - rho) and the control by eps, at slope L_c each.
-    assert found.regret == pytest.approx(2.0 * (input_gain * error / (1 - contraction) + error))
-    assert found.deterioration == 0
+    # In the limit the state is off by L_u (eps + alpha delta) / (1 - rho) and the control by the bracket, at slope L_c.
+    off = error + slope * delta
+    assert found.regret == pytest.approx(2.0 * (input_gain * off / (1 - contraction) + off))
+    assert found.deterioration == pytest.approx(found.regret * slope * delta / off)
 
 
 def test_the_chance_of_a_gap_is_bounded_on_the_circle():
