@@ -42,6 +42,19 @@ def regression(x):
 LOOP = {"lipschitz": 2.0, "expert_lipschitz": 1.0, "input_gain": 0.5, "contraction": 0.5, "cost_lipschitz": 1.0}
 
 
+def classification(x, weight=False):
+    """A classifier of the sign of the first feature, its inputs, and labels that it gets right."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False).double()).eval()
+    model[0].weight.data = torch.tensor([[-1.0, 0, 0, 0.1], [1.0, 0, 0, 0]], dtype=torch.float64) + x * weight
+    return model, ROWS + x, torch.tensor([0, 1])
+
+
+def whole(matrix):
+    """Integers where there are only such: a float tensor is refused by its dtype."""
+    return matrix.long() if torch.isfinite(matrix).all() else matrix
+
+
 def constrained(weight):
     weight = torch.nn.Parameter(weight)
     constraints.constrain(torch.optim.SGD([weight], lr=0.1), constraints.Ball(1.0))
@@ -63,9 +76,11 @@ FUNCTIONS = {
     "fill_failure_probability": lambda x: constraints.fill_failure_probability(
         num_samples=100, num_balls=10, ball_probability=0.1 + x
     ),
+    "generalization_measures": lambda x: bounds.generalization_measures(*classification(x)),
     "interpolation_risk": lambda x: bounds.interpolation_risk(10.0 + x, bag_size=5, rho=1.0),
     "lipschitz_regression": lambda x: constraints.lipschitz_regression(ROWS, ROWS + x, lipschitz=0.5),
     "log_barrier": lambda x: constraints.log_barrier(vector(x)),
+    "margin_quantile": lambda x: bounds.margin_quantile(ROWS + x, torch.tensor([3, 0])),
     "mcshane_extension": lambda x: constraints.mcshane_extension(ROWS + 1 + x, ROWS, ROWS, lipschitz=0.5),
     "measurement_attack": lambda x: constraints.measurement_attack(
         lambda state: -state,
@@ -75,6 +90,8 @@ FUNCTIONS = {
         value=lambda state: state[:, 0],
     ),
     "minimizability_gap": lambda x: bounds.minimizability_gap(vector(x).softmax(-1)[None], ROWS[:, None], tau=1.0),
+    "noise_tolerance": lambda x: bounds.noise_tolerance(*classification(x), generator=torch.Generator().manual_seed(0)),
+    "path_norm": lambda x: bounds.path_norm(classification(x, weight=True)[0], ROWS),
     "policy_error_bound": lambda x: constraints.policy_error_bound(
         fit_error=0.1 + x, lipschitz=2.0, expert_lipschitz=3.0, covering_radius=0.1
     ),
@@ -83,7 +100,13 @@ FUNCTIONS = {
     "quadratic_penalty": lambda x: constraints.quadratic_penalty(vector(x)),
     "sharpness": lambda x: bounds.sharpness(*regression(x), radius=0.1),
     "slope_violation": lambda x: constraints.slope_violation(ROWS, ROWS + x, lipschitz=0.5),
+    "solve_over_field": lambda x: bounds.solve_over_field(whole(torch.eye(2)[None] + x), torch.ones(1, 2).long(), order=5),
     "top_hessian_eigenvalue": lambda x: bounds.top_hessian_eigenvalue(*regression(x)),
+    "twin_audit": lambda x: bounds.twin_audit(*classification(x), population=(ROWS, torch.tensor([1, 1]))),
+    "uniform_failure_bound": lambda x: bounds.uniform_failure_bound(0.25 + x, low_loss=0.0, high_loss=0.5),
+    "orthogonalize": lambda x: constraints.orthogonalize(ROWS + x),
+    "rms_operator_norm": lambda x: constraints.rms_operator_norm(ROWS + x),
+    "soft_cap_strength": lambda x: constraints.soft_cap_strength(1.0 + x, lr=0.1),
 }
 
 

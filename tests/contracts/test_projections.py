@@ -13,6 +13,12 @@ PROJECTIONS = {
     "Ball": (lambda: constraints.Ball(0.7), 1e-6),
     "Box": (lambda: constraints.Box(-0.2, 0.3), 1e-6),
     "Simplex": (lambda: constraints.Simplex(), 1e-6),
+    "SpectralHammer": (lambda: constraints.SpectralHammer(20.0), 1e-5),
+    "SpectralHardCap": (lambda: constraints.SpectralHardCap(1.0), 0.05),
+    "SpectralNormalize": (lambda: constraints.SpectralNormalize(1.0), 1e-5),
+    "SpectralSoftCap": (lambda: constraints.SpectralSoftCap(1.0), 1e-3),
+    "SpectralWeightDecay": (lambda: constraints.SpectralWeightDecay(0.1), 1e-6),
+    "Stiefel": (lambda: constraints.Stiefel(1.0), 1e-6),
 }
 
 

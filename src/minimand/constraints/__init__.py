@@ -1,5 +1,6 @@
 """What must hold: multipliers, penalties, projections, and solvers that end where the constraints do hold."""
 
+from ..numerics import orthogonalize
 from ..projections import Ball, Box, Projection, Simplex, project_ball, project_simplex
 from .constrain import constrain
 from .lipschitz_policy import (
@@ -17,6 +18,16 @@ from .lipschitz_policy import (
 )
 from .multiplier import Multiplier, augmented_lagrangian
 from .penalties import exact_penalty, log_barrier, quadratic_penalty
+from .spectral import (
+    SpectralHammer,
+    SpectralHardCap,
+    SpectralNormalize,
+    SpectralSoftCap,
+    SpectralWeightDecay,
+    Stiefel,
+    rms_operator_norm,
+    soft_cap_strength,
+)
 
 __all__ = [
     "Ball",
@@ -27,6 +38,12 @@ __all__ = [
     "Multiplier",
     "Projection",
     "Simplex",
+    "SpectralHammer",
+    "SpectralHardCap",
+    "SpectralNormalize",
+    "SpectralSoftCap",
+    "SpectralWeightDecay",
+    "Stiefel",
     "augmented_lagrangian",
     "closed_loop_bounds",
     "constrain",
@@ -37,9 +54,12 @@ __all__ = [
     "log_barrier",
     "mcshane_extension",
     "measurement_attack",
+    "orthogonalize",
     "policy_error_bound",
     "project_ball",
     "project_simplex",
     "quadratic_penalty",
+    "rms_operator_norm",
     "slope_violation",
+    "soft_cap_strength",
 ]
