@@ -1,6 +1,7 @@
 """Generalization measures against closed forms, invariances, and the definitions written plainly."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -29,10 +30,9 @@ F64 = torch.float64
 
 def mlp(*widths, bias=True, seed=0):
     layers = []
-    for inside, outside in zip(widths, widths[1:], strict=False):
+    for inside, outside in itertools.pairwise(widths):
         layers += [nn.Linear(inside, outside, bias=bias), nn.ReLU()]
     return seeded(lambda: nn.Sequential(*layers[:-1]).double(), seed).eval()
-
 
 
 def separated(model, size=(40, 3), seed=0):
@@ -413,7 +413,10 @@ def test_every_measure_is_bit_equal_in_both_worlds_and_errs_by_half_the_error_in
             ),
             "directly behind",
         ),
-        (lambda model, data: (nn.Sequential(model, nn.Flatten(0)).eval(), *data, {"names": ["inverse_margin"]}), "scores"),
+        (
+            lambda model, data: (nn.Sequential(model, nn.Flatten(0)).eval(), *data, {"names": ["inverse_margin"]}),
+            "scores",
+        ),
     ],
 )
 def test_what_has_no_measures_is_refused_by_name(change, message):
@@ -442,7 +445,12 @@ def test_dead_layers_nan_weights_and_names_in_one_string_are_refused():
 @pytest.mark.untyped
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"drop": 0.0}, "drop"), ({"largest": -1.0}, "largest"), ({"num_samples": 0}, "num_samples"), ({"tolerance": 0.0}, "tolerance")],
+    [
+        ({"drop": 0.0}, "drop"),
+        ({"largest": -1.0}, "largest"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"tolerance": 0.0}, "tolerance"),
+    ],
 )
 def test_a_search_with_impossible_settings_is_refused(options, message):
     model = mlp(3, 6, 3)

@@ -6,10 +6,18 @@ import inspect
 import pytest
 import torch
 
-from minimand import constraints
+from minimand import bounds, constraints
 from minimand.stopping import Stop
 
 STEEP = torch.linspace(0, 1, 8)[:, None], torch.linspace(0, 3, 8)[:, None].square()
+
+
+def noisy_signs():
+    """A classifier of signs, which noise of size 1 turns now and then."""
+    model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False)).eval()
+    model[0].weight.data = torch.tensor([[-0.5], [0.5]])
+    return model, torch.tensor([[-2.0], [1.0]]), torch.tensor([0, 1])
+
 
 # Name to a call ``(max_iter, max_seconds) -> Stop`` on a problem that takes more than one iteration.
 SOLVERS = {
@@ -18,6 +26,9 @@ SOLVERS = {
     ),
     "lipschitz_regression": lambda max_iter, max_seconds: (
         constraints.lipschitz_regression(*STEEP, lipschitz=0.5, max_iter=max_iter, max_seconds=max_seconds).status
+    ),
+    "noise_tolerance": lambda max_iter, max_seconds: (
+        bounds.noise_tolerance(*noisy_signs(), num_samples=100, max_iter=max_iter, max_seconds=max_seconds).status
     ),
 }
 

@@ -105,7 +105,7 @@ def generalization_measures(
         >>> model[0].weight.data, model[2].weight.data = torch.eye(3)[:, :2] * 3, torch.eye(3)[:2] * 2
         >>> inputs, target = torch.eye(2), torch.tensor([0, 1])
         >>> found = generalization_measures(model, inputs, target, names=["path_norm", "inverse_margin"])
-        >>> {name: round(float(value), 4) for name, value in found.items()}  # 2 * 2**2 * 3**2 and 1 / 6**2
+        >>> {name: round(value.item(), 4) for name, value in found.items()}  # 2 * 2**2 * 3**2 and 1 / 6**2
         {'path_norm': 72.0, 'inverse_margin': 0.0278}
 
     Source:
@@ -276,7 +276,8 @@ class _Facts:
     def pac_bayes_magnitude(self, squares: Tensor) -> Tensor:
         noise, epsilon = self.magnitude_noise**2, _MAGNITUDE_EPSILON**2
         above = epsilon + (noise + 1) * squares.detach() / self.count
-        logs = sum((above / (epsilon + noise * moved.detach().square())).log().sum() for moved in self.moved)
+        moved = torch.cat([matrix.detach().flatten() for matrix in self.moved])
+        logs = (above / (epsilon + noise * moved.square())).log().sum()
         return 0.25 * logs + math.log(self.examples / self.magnitude_noise) + 10
 
     def scalar(self, value: int | float) -> Tensor:

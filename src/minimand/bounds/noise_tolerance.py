@@ -24,6 +24,9 @@ from .. import checks
 from ..stopping import Budget, Stop
 from .weight_matrices import FoldedNetwork, fold
 
+_BATCH = 4096
+_ROOM = 2**22  # numbers that a chunk of draws may hold
+
 
 @dataclasses.dataclass(frozen=True)
 class NoiseTolerance:
@@ -102,26 +105,23 @@ def noise_tolerance(
     budget = Budget(max_iter, max_seconds)
     with torch.no_grad():
         network = fold(model)
-        checks.class_scores(network.scores(inputs), target)
-        right = _accuracy(network, inputs, target)
+        scores = network.scores(inputs)
+        checks.class_scores(scores, target)
+        right = float((scores.argmax(1) == target).double().mean())
         noise = Noise(network, num_samples, magnitude_epsilon=magnitude_epsilon, generator=generator)
-
-        def lost(sigma: float) -> float:
-            return right - float(noise.mean(sigma, lambda moved: _accuracy(network, inputs, target, moved)))
-
-        return _bisect(lost, drop, largest, tolerance, budget)
+        return _bisect(lambda sigma: right - noise.accuracy(sigma, inputs, target), drop, largest, tolerance, budget)
 
 
 class Noise:
     """Draws of Gaussian noise on a network's weights, the same ones at every scale.
 
-    The draws are made anew from their seeds each time, so that none is kept.
+    The draws are made anew from a seed each time, so that they need not be kept.
 
     Args:
         network: Whose parameters are moved.
         num_samples: Draws.
         magnitude_epsilon: See :func:`noise_tolerance`.
-        generator: Source of the seeds.
+        generator: Source of the seed.
     """
 
     def __init__(
@@ -133,34 +133,41 @@ class Noise:
         generator: torch.Generator | None = None,
     ) -> None:
         device = "cpu" if generator is None else generator.device
-        self.network = network
-        self.seeds = torch.randint(2**62, (num_samples,), generator=generator, device=device).tolist()
+        self.network, self.num_samples = network, num_samples
+        self.seed = int(torch.randint(2**62, (), generator=generator, device=device))
         self.magnitude_epsilon = magnitude_epsilon
 
-    def mean(self, sigma: float, value: Callable[[dict[str, Tensor]], Tensor | float]) -> float:
-        """Return the mean of ``value(parameters)`` over the draws, scaled by ``sigma``."""
-        return sum(float(value(self._moved(sigma, seed))) for seed in self.seeds) / len(self.seeds)
-
-    def _moved(self, sigma: float, seed: int) -> dict[str, Tensor]:
+    def accuracy(self, sigma: float, inputs: Tensor, target: Tensor) -> float:
+        """Return the mean accuracy over the draws, scaled by ``sigma``."""
         parameters = self.network.parameters
-        device = next(iter(parameters.values())).device
-        generator = torch.Generator(device).manual_seed(seed)
-        moved = {}
-        for name, weight in parameters.items():
-            noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype, device=device)
-            if self.magnitude_epsilon is None:
-                scale: Tensor | float = sigma
-            else:
-                scale = (weight.square() * sigma**2 + self.magnitude_epsilon**2).sqrt()
-            moved[name] = weight + scale * noise
-        return moved
+        generator = torch.Generator(inputs.device).manual_seed(self.seed)
+        chunk, right = self._chunk(inputs), 0
+        for start in range(0, self.num_samples, chunk):
+            draws = min(chunk, self.num_samples - start)
+            moved = {name: self._moved(weight, sigma, draws, generator) for name, weight in parameters.items()}
+            for part, labels in zip(inputs.split(_BATCH), target.split(_BATCH), strict=True):
+                right += int((self._predict(part, moved, draws) == labels).sum())
+        return right / (self.num_samples * len(inputs))
 
+    def _moved(self, weight: Tensor, sigma: float, draws: int, generator: torch.Generator) -> Tensor:
+        noise = torch.randn((draws, *weight.shape), generator=generator, dtype=weight.dtype, device=weight.device)
+        if self.magnitude_epsilon is None:
+            return noise.mul_(sigma).add_(weight)
+        return noise.mul_((weight.square() * sigma**2 + self.magnitude_epsilon**2).sqrt()).add_(weight)
 
-def _accuracy(
-    network: FoldedNetwork, inputs: Tensor, target: Tensor, parameters: dict[str, Tensor] | None = None
-) -> float:
-    predicted = torch.cat([network(part, parameters).argmax(1) for part in inputs.split(4096)])
-    return float((predicted == target).double().mean())
+    def _predict(self, inputs: Tensor, moved: dict[str, Tensor], draws: int) -> Tensor:
+        if draws == 1:
+            return self.network(inputs, {name: weight[0] for name, weight in moved.items()}).argmax(-1)
+        return torch.func.vmap(lambda parameters: self.network(inputs, parameters))(moved).argmax(-1)
+
+    def _chunk(self, inputs: Tensor) -> int:
+        """Return how many draws are run at once: as many as fit, and one by one for convolutions."""
+        matrices = [self.network.parameters[name] for name in self.network.layers]
+        if any(matrix.dim() > 2 for matrix in matrices):
+            return 1  # stacked, they become grouped convolutions, which cost more than one after the other
+        widest = max(len(matrix) for matrix in matrices)
+        weights = sum(weight.numel() for weight in self.network.parameters.values())
+        return max(1, min(self.num_samples, _ROOM // max(weights, widest * min(len(inputs), _BATCH))))
 
 
 def _bisect(

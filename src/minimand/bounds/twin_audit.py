@@ -197,7 +197,8 @@ def _rate(wrong: Tensor) -> float:
 
 def _estimate(measure: Estimator, name: str, model: nn.Module, inputs: Tensor, target: Tensor) -> float:
     # A copy, so that a measure that moves the weights leaves no trace for the next.
-    value = float(measure(copy.deepcopy(model), inputs, target))
+    found = measure(copy.deepcopy(model), inputs, target)
+    value = float(found.detach() if isinstance(found, Tensor) else found)
     if value != value or abs(value) == float("inf"):
         raise ValueError(f"measure {name!r} is {value}: it must be a finite number")
     return value
