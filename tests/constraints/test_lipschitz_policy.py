@@ -66,7 +66,7 @@ def test_the_gap_is_a_true_distance_from_the_optimum():
     x, u = demonstrations(controls=2)
     best = lipschitz_regression(x, u, lipschitz=1.0, tolerance=1e-10)
     spread = (u - u.mean(0)).square().sum(1).mean()
-    for most in (3, 8, 15, 25):
+    for most in (2, 4, 8, 12):
         early = lipschitz_regression(x, u, lipschitz=1.0, max_iter=most)
         assert early.status is Stop.ITERATION_LIMIT
         assert early.error >= best.error - 1e-12

@@ -34,7 +34,6 @@ from ..stopping import Budget, Stop
 
 _MOST_UNKNOWNS = 5_000
 _MOST_PAIRS = 5_000_000
-_AGGRESSION = 10.0  # by how much each step eases the slackness, of Boyd and Vandenberghe
 _MOST_HALVINGS = 50
 
 
@@ -99,7 +98,7 @@ def lipschitz_regression(
 
     Source:
         Al Makdah et al. 2021, arXiv 2103.16629, the learning problem; Boyd and Vandenberghe, "Convex Optimization",
-        2004, section 11.7, for the solver.
+        2004, section 11.7, and Mehrotra, SIAM Journal on Optimization 2, 1992, for the solver.
     """
     budget = Budget(max_iter, max_seconds)
     checks.positive(lipschitz, "lipschitz")
@@ -148,11 +147,12 @@ def lipschitz_regression(
 
 
 class _PrimalDual:
-    r"""Newton steps on the conditions of Karush, Kuhn and Tucker, every pair's slackness eased to a common value.
+    r"""Newton steps on the conditions of Karush, Kuhn and Tucker, every pair's slackness eased to a common value t.
 
     With :math:`g_e = \|v_i - v_j\|^2 - \alpha^2\|x_i - x_j\|^2` and multipliers :math:`\lambda_e`, the step solves
     :math:`H\,dv = -\nabla f - \sum_e \frac{t}{-g_e}\nabla g_e` where H is the Lagrangian's Hessian plus
-    :math:`\sum_e \frac{\lambda_e}{-g_e} \nabla g_e \nabla g_e^T`: graph Laplacians with blocks of controls.
+    :math:`\sum_e \frac{\lambda_e}{-g_e} \nabla g_e \nabla g_e^T`: graph Laplacians with blocks of controls. How far t
+    may fall, and the second-order term of each pair, come from Mehrotra's predictor on the same factor.
     """
 
     def __init__(self, u: Tensor, share: Tensor, edges: Tensor, bounds: Callable[[Tensor], Tensor]) -> None:
@@ -170,38 +170,60 @@ class _PrimalDual:
     def step(self, values: Tensor, multipliers: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the next values, strictly feasible, and multipliers above 0; None if rounding leaves no step."""
         slack = -self.bounds(values)
-        ease = float(multipliers @ slack) / (len(slack) * _AGGRESSION)
         difference = values[self.first] - values[self.second]
-        slope = 2 * self.share[:, None] * (values - self.u)
-        force = self._gathered(2 * (ease / slack)[:, None] * difference)
-        count, controls = values.shape
-        blocks = 4 * (multipliers / slack)[:, None, None] * difference[:, :, None] * difference[:, None, :]
-        blocks = blocks + 2 * multipliers[:, None, None] * torch.eye(controls, dtype=values.dtype, device=values.device)
-        hessian = torch.stack(
-            [_laplacian(self.edges, block, count) for block in blocks.flatten(1).unbind(1)], -1
-        ).unflatten(-1, (controls, controls)).transpose(1, 2)  # fmt: skip
-        hessian = hessian.reshape(count * controls, count * controls)
-        hessian.diagonal().add_(2 * self.share.repeat_interleave(controls))
-        factor, failed = torch.linalg.cholesky_ex(hessian)
+        factor, failed = torch.linalg.cholesky_ex(self._hessian(multipliers, slack, difference))
         if int(failed) > 0:
             return None
-        move = torch.cholesky_solve(-(slope + force).reshape(-1, 1), factor).view_as(values)
-        changed = 2 * (difference * (move[self.first] - move[self.second])).sum(1)
-        climb = (multipliers * changed + ease) / slack - multipliers
-        shrinking = climb < 0
-        length = 1.0
-        if bool(shrinking.any()):
-            length = min(1.0, 0.99 * float((-multipliers[shrinking] / climb[shrinking]).min()))
-        residual = self._residual(values, multipliers, ease)
-        for _ in range(_MOST_HALVINGS):
-            nearer, heavier = values + length * move, multipliers + length * climb
-            if (
-                bool((self.bounds(nearer) < 0).all())
-                and self._residual(nearer, heavier, ease) <= (1 - 0.01 * length) * residual
-            ):
-                return nearer, heavier
-            length /= 2
+        slope = 2 * self.share[:, None] * (values - self.u)
+
+        def direction(target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Return moves that aim at ``multipliers * slack = target``, and the linear fall of the slack."""
+            force = self._gathered(2 * (target / slack)[:, None] * difference)
+            move = torch.cholesky_solve(-(slope + force).reshape(-1, 1), factor).view_as(values)
+            fall = 2 * (difference * (move[self.first] - move[self.second])).sum(1)
+            return move, (multipliers * fall + target) / slack - multipliers, fall
+
+        # Mehrotra: a step that ignores the slackness tells how much easing is needed, and the product it neglects.
+        average = float(multipliers @ slack) / len(slack)
+        move, climb, fall = direction(torch.zeros_like(slack))
+        length = self._longest(values, multipliers, move, climb)
+        left = float((multipliers + length * climb) @ -self.bounds(values + length * move)) / len(slack)
+        ease = average * min(max((left / average) ** 3, 1e-4), 0.5)
+        # Should that step help nowhere, a step that eases all slackness alike is safe.
+        for target in (ease + climb * fall, torch.full_like(slack, 0.5 * average)):
+            move, climb, _ = direction(target)
+            length = 0.99 * self._longest(values, multipliers, move, climb)
+            residual = self._residual(values, multipliers, ease)
+            for _ in range(_MOST_HALVINGS):
+                nearer, heavier = values + length * move, multipliers + length * climb
+                if (
+                    bool((self.bounds(nearer) < 0).all())
+                    and self._residual(nearer, heavier, ease) <= (1 - 0.01 * length) * residual
+                ):
+                    return nearer, heavier
+                length /= 2
         return None
+
+    def _hessian(self, multipliers: Tensor, slack: Tensor, difference: Tensor) -> Tensor:
+        count, controls = self.u.shape
+        eye = torch.eye(controls, dtype=slack.dtype, device=slack.device)
+        outer = difference[:, :, None] * difference[:, None, :]
+        blocks = 4 * (multipliers / slack)[:, None, None] * outer + 2 * multipliers[:, None, None] * eye
+        hessian = torch.zeros(count, controls, count, controls, dtype=slack.dtype, device=slack.device)
+        hessian[self.first, :, self.second] = -blocks
+        hessian[self.second, :, self.first] = -blocks
+        own = torch.arange(count, device=slack.device)
+        hessian[own, :, own] = 2 * self.share[:, None, None] * eye - hessian.sum(2)
+        return hessian.view(count * controls, count * controls)
+
+    def _longest(self, values: Tensor, multipliers: Tensor, move: Tensor, climb: Tensor) -> float:
+        """Return the longest step, at most 1, that keeps every slack and multiplier at least 0."""
+        down = torch.where(climb < 0, multipliers / -climb, torch.ones_like(climb)).min()
+        # The slack falls as a quadratic: s - b t - a t^2, whose positive root in its stable form is 2 s / (b + root).
+        way, difference = move[self.first] - move[self.second], values[self.first] - values[self.second]
+        slack, fall, bend = -self.bounds(values), 2 * (way * difference).sum(1), way.square().sum(1)
+        reach = 2 * slack / (fall + (fall.square() + 4 * bend * slack).sqrt()).clamp_min(1e-300)
+        return min(1.0, float(down), float(reach.min()))
 
     def _error(self, values: Tensor) -> Tensor:
         return self.share @ (values - self.u).square().sum(1)
