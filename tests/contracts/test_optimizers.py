@@ -13,6 +13,7 @@ from minimand import optim
 # Name to ``build(params)``. ``params`` are weights of two dimensions, or groups of them.
 OPTIMIZERS = {
     "SAM": lambda params: optim.SAM(params, functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)),
+    "Muon": lambda params: optim.Muon(params, lr=0.05, weight_decay=0.1),
 }
 
 
