@@ -66,11 +66,15 @@ FUNCTIONS = {
     "augmented_lagrangian": lambda x: constraints.augmented_lagrangian(vector(x), vector(2.0)),
     "best_bag_size": lambda x: bounds.best_bag_size(20.0 + x, epsilon=2.0, clip=2.0),
     "best_rho": lambda x: bounds.best_rho(10.0 + x, bag_size=5),
+    "binary_kl_inverse": lambda x: bounds.binary_kl_inverse(0.1 + x, 0.2),
     "closed_loop_bounds": lambda x: constraints.closed_loop_bounds(**LOOP, policy_error=0.1 + x),
     "comp_sum_bound": lambda x: bounds.comp_sum_bound(vector(x).square(), tau=1.0, num_classes=10),
     "comp_sum_transform": lambda x: bounds.comp_sum_transform(vector(x).square(), tau=1.0, num_classes=10),
     "conditional_regret": lambda x: bounds.conditional_regret(vector(x).softmax(-1), vector(0.0), tau=1.0),
     "constrain": lambda x: constrained(vector(x).view(2, 2)),
+    "exact_augmented_lagrangian": lambda x: constraints.exact_augmented_lagrangian(
+        lambda y: y.square().sum(), lambda y: y[:2], vector(x), vector(1.0, 2)
+    ),
     "exact_penalty": lambda x: constraints.exact_penalty(vector(x)),
     "fill_distance": lambda x: constraints.fill_distance(ROWS, ROWS + 1 + x),
     "fill_failure_probability": lambda x: constraints.fill_failure_probability(
@@ -91,6 +95,7 @@ FUNCTIONS = {
     ),
     "minimizability_gap": lambda x: bounds.minimizability_gap(vector(x).softmax(-1)[None], ROWS[:, None], tau=1.0),
     "noise_tolerance": lambda x: bounds.noise_tolerance(*classification(x), generator=torch.Generator().manual_seed(0)),
+    "pac_bayes_bound": lambda x: vars(bounds.pac_bayes_bound(*classification(x))),
     "path_norm": lambda x: bounds.path_norm(classification(x, weight=True)[0], ROWS),
     "policy_error_bound": lambda x: constraints.policy_error_bound(
         fit_error=0.1 + x, lipschitz=2.0, expert_lipschitz=3.0, covering_radius=0.1
@@ -100,13 +105,17 @@ FUNCTIONS = {
     "quadratic_penalty": lambda x: constraints.quadratic_penalty(vector(x)),
     "sharpness": lambda x: bounds.sharpness(*regression(x), radius=0.1),
     "slope_violation": lambda x: constraints.slope_violation(ROWS, ROWS + x, lipschitz=0.5),
-    "solve_over_field": lambda x: bounds.solve_over_field(whole(torch.eye(2)[None] + x), torch.ones(1, 2).long(), order=5),
+    "solve_over_field": lambda x: bounds.solve_over_field(
+        whole(torch.eye(2)[None] + x), torch.ones(1, 2).long(), order=5
+    ),
+    "spectral_margin_bound": lambda x: vars(bounds.spectral_margin_bound(*classification(x))),
     "top_hessian_eigenvalue": lambda x: bounds.top_hessian_eigenvalue(*regression(x)),
     "twin_audit": lambda x: bounds.twin_audit(*classification(x), population=(ROWS, torch.tensor([1, 1]))),
     "uniform_failure_bound": lambda x: bounds.uniform_failure_bound(0.25 + x, low_loss=0.0, high_loss=0.5),
     "orthogonalize": lambda x: constraints.orthogonalize(ROWS + x),
     "rms_operator_norm": lambda x: constraints.rms_operator_norm(ROWS + x),
     "soft_cap_strength": lambda x: constraints.soft_cap_strength(1.0 + x, lr=0.1),
+    "sketch_and_project": lambda x: constraints.sketch_and_project(torch.eye(4).double() + x, vector(0.0)),
 }
 
 

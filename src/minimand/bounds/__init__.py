@@ -12,6 +12,7 @@ from .linear_field_game import (
     uniform_failure_bound,
 )
 from .noise_tolerance import NoiseTolerance, noise_tolerance
+from .pac_bayes import PACBayesBound, SpectralMarginBound, binary_kl_inverse, pac_bayes_bound, spectral_margin_bound
 from .sharpness import sharpness, top_hessian_eigenvalue
 from .shattered_game import ShatteredGame
 from .twin_audit import AuditReport, AuditRow, twin_audit
@@ -24,9 +25,12 @@ __all__ = [
     "GameReport",
     "LinearFieldGame",
     "NoiseTolerance",
+    "PACBayesBound",
     "ShatteredGame",
+    "SpectralMarginBound",
     "best_bag_size",
     "best_rho",
+    "binary_kl_inverse",
     "comp_sum_bound",
     "comp_sum_transform",
     "conditional_regret",
@@ -35,9 +39,11 @@ __all__ = [
     "margin_quantile",
     "minimizability_gap",
     "noise_tolerance",
+    "pac_bayes_bound",
     "path_norm",
     "sharpness",
     "solve_over_field",
+    "spectral_margin_bound",
     "top_hessian_eigenvalue",
     "twin_audit",
     "uniform_failure_bound",

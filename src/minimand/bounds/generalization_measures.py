@@ -57,7 +57,7 @@ from torch import Tensor, nn
 from .. import checks
 from .noise_tolerance import noise_tolerance
 from .sharpness import sharpness
-from .weight_matrices import FoldedNetwork, fold, trace
+from .weight_matrices import FoldedNetwork, fold, squared_spectral_norms, trace
 
 _MAGNITUDE_EPSILON = 1e-3
 # SAM's usual radius.
@@ -240,7 +240,7 @@ class _Facts:
 
     @functools.cached_property
     def spectral(self) -> Tensor:
-        return self._positive(_spectral(self.matrices))
+        return self._positive(squared_spectral_norms(self.matrices))
 
     @functools.cached_property
     def moved_frobenius(self) -> Tensor:
@@ -306,12 +306,6 @@ def _frobenius(matrices: list[Tensor]) -> Tensor:
     return torch.stack([matrix.square().sum() for matrix in matrices])
 
 
-def _spectral(matrices: list[Tensor]) -> Tensor:
-    """Return squared spectral norms: the largest eigenvalue of the smaller Gram matrix costs far less than an SVD."""
-    grams = [matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix for matrix in matrices]
-    return torch.stack([torch.linalg.eigvalsh(gram)[-1] for gram in grams])
-
-
 def _log_product(squares: Tensor) -> Tensor:
     return squares.log().sum()
 
@@ -343,7 +337,7 @@ MEASURES: dict[str, Callable[[_Facts], Tensor]] = {
     "l2_distance": lambda facts: facts.moved_frobenius.sum().sqrt(),
     "parameter_norm": lambda facts: facts.frobenius.sum(),
     "frobenius_distance": lambda facts: facts.moved_frobenius.sum(),
-    "spectral_distance": lambda facts: _spectral(facts.moved).sum(),
+    "spectral_distance": lambda facts: squared_spectral_norms(facts.moved).sum(),
     "inverse_margin": lambda facts: 1 / facts.margin.square(),
     "log_spectral_product": _spectral_product,
     "log_spectral_product_over_margin": _over_margin(_spectral_product),
@@ -419,9 +413,9 @@ _PATH_METHODS = frozenset(
 
 def _require_paths(network: nn.Module) -> None:
     """Raise unless every step of the network passes paths on."""
-    graph = trace(network).graph
-    modules = dict(network.named_modules())
-    for node in graph.nodes:
+    traced = trace(network)
+    modules = dict(traced.named_modules())
+    for node in traced.graph.nodes:
         if node.op == "call_module":
             known = type(modules[str(node.target)]) in _PATH_MODULES
             what = f"{node.target}, a {type(modules[str(node.target)]).__name__}"

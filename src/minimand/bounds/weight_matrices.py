@@ -132,10 +132,17 @@ def _taken(state: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
     return value.to(device=like.device, dtype=like.dtype)
 
 
+def squared_spectral_norms(matrices: list[Tensor]) -> Tensor:
+    """Return the squared spectral norms: the top eigenvalue of the smaller Gram matrix costs less than an SVD."""
+    grams = [matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix for matrix in matrices]
+    return torch.stack([torch.linalg.eigvalsh(gram)[-1] for gram in grams])
+
+
 def trace(model: nn.Module) -> fx.GraphModule:
     """Trace a model, or say in one sentence that its code depends on its data."""
     try:
-        return fx.symbolic_trace(model)
+        # A layer on its own would be traced into its insides.
+        return fx.symbolic_trace(nn.Sequential(model) if isinstance(model, (nn.Linear, _ConvNd)) else model)
     except Exception as error:  # tracing runs the user's own forward, which may raise anything
         raise ValueError(f"model cannot be read, since its forward cannot be traced: {error}") from error
 
