@@ -80,7 +80,7 @@ def test_the_bound_on_the_noisy_network_is_what_its_formula_says_and_holds_on_fr
 def test_a_prior_at_the_start_costs_the_way_from_it():
     model, inputs, target = signs(500)
     near = {"0.weight": model[0].weight.detach() * 0.99}
-    assert pac_bayes_bound(model, inputs, target, initial_state=near).divergence < 0.1
+    assert pac_bayes_bound(model, inputs, target, initial_state=near).divergence < 0.5
     assert pac_bayes_bound(model, inputs, target).divergence > 1
     assert (
         pac_bayes_bound(model, inputs, target, initial_state=near).error < pac_bayes_bound(model, inputs, target).error
