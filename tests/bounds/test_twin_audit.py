@@ -102,7 +102,7 @@ def test_a_misfit_keeps_its_label_in_the_twin_of_a_finite_domain(world):
         population=(domain, labels),
         measures={"zero": lambda *_: 0.0},
         holdout=(domain, labels),
-        keep_misfits=True,
+        misfits="domain",
     )
     assert report.twin_loss == 3 / len(domain)
     assert report.floor == pytest.approx((report.loss - 3 / len(domain)) / 2)
@@ -110,6 +110,17 @@ def test_a_misfit_keeps_its_label_in_the_twin_of_a_finite_domain(world):
     assert report["hold-out"].error == report["hold-out"].twin_error == 0.0
     for row in range(len(inputs)):
         assert report.twin_target[(domain == inputs[row]).all(1)] == target[row]
+
+
+def test_on_unseen_inputs_misfits_do_not_matter(world):
+    model, inputs, target, (domain, labels) = world
+    target = target.clone()
+    target[:5] = 1 - target[:5]
+    unseen = ~(domain[:, None] == inputs).all(-1).any(1)
+    rest = domain[unseen], labels[unseen]
+    report = twin_audit(model, inputs, target, population=rest, holdout=rest, misfits="unseen")
+    assert report.twin_loss == report["hold-out"].worst == 0.0
+    assert report.floor == report.loss / 2 == float((model(rest[0]).argmax(1) != rest[1]).double().mean()) / 2
 
 
 def test_a_measure_that_moves_the_weights_leaves_no_trace(world):
@@ -160,7 +171,9 @@ def test_training_errors_training_mode_and_absent_misfits_are_refused(world):
     elsewhere[0] *= 1.5
     wrong = 1 - model(elsewhere).argmax(1)
     with pytest.raises(ValueError, match="whole domain"):
-        twin_audit(model, elsewhere, wrong, population=population, keep_misfits=True)
+        twin_audit(model, elsewhere, wrong, population=population, misfits="domain")
+    with pytest.raises(ValueError, match="misfits must be one of"):
+        twin_audit(model, inputs, target, population=population, misfits="keep")
     with pytest.raises(ValueError, match="NaN"):
         twin_audit(model, inputs * float("nan"), target, population=population)
     with pytest.raises(ValueError, match="class indices"):

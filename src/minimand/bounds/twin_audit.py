@@ -7,8 +7,9 @@ there, training gives the same :math:`h`, every number :math:`C(h, S)` is the sa
 
 .. math:: \max(|C - L|, |C - 0|) \ge L / 2.
 
-Where :math:`h` misfits some of :math:`S`, the twin keeps the labels of these inputs, which needs a finite domain; its
-error is then their mass :math:`\mu`, and the floor is :math:`(L - \mu) / 2`.
+Where :math:`h` misfits some of :math:`S`, the twin keeps the labels of these inputs. On a finite domain its error is then
+their mass :math:`\mu`, and the floor is :math:`(L - \mu) / 2`; or the error is taken on inputs outside :math:`S` alone,
+where that of the twin is 0 again.
 
 What it does not show: that a measure is wrong on the data at hand, or that it ranks models badly. It shows that a
 measure is right here only by an assumption on the data that excludes the twin. Where distributions come from a family
@@ -104,7 +105,7 @@ def twin_audit(
     population: tuple[Tensor, Tensor],
     measures: Mapping[str, Estimator] | None = None,
     holdout: tuple[Tensor, Tensor] | None = None,
-    keep_misfits: bool = False,
+    misfits: str = "refuse",
 ) -> AuditReport:
     """Build the twin of a trained classifier's world and measure estimates of its error in both.
 
@@ -117,16 +118,17 @@ def twin_audit(
         measures: Estimates of the error by name, ``measure(model, inputs, target)``; each is computed in both worlds.
         holdout: Fresh inputs and labels for a control: the error rate on them. It is no function of the model
             and its training set, and the theorem does not bind it.
-        keep_misfits: Whether to allow training errors. The population must then be the whole domain: training inputs
-            are looked up in it.
+        misfits: What to do where the model misfits training examples. ``"refuse"``: raise. ``"domain"``: the population
+            is the whole domain, in which their inputs are looked up to keep their labels. ``"unseen"``: the population
+            and the hold-out have none of the training inputs, and the error audited is that on unseen inputs.
 
     Returns:
         Errors in both worlds, the floor, and a row for every estimate.
 
     Raises:
-        ValueError: If there are training errors and ``keep_misfits`` is False, a training input is not in the
-            population and it is True, the model is in training mode, or a measure is NaN, infinite or not the same
-            number when it is computed twice.
+        ValueError: If there are training errors and ``misfits`` is ``"refuse"``, a misfitted input is not in the
+            population and it is ``"domain"``, the model is in training mode, or a measure is NaN, infinite or not the
+            same number when it is computed twice.
 
     Example:
         >>> model = nn.Linear(1, 2, bias=False).eval()
@@ -141,26 +143,28 @@ def twin_audit(
     Source:
         Gastpar et al. 2024, arXiv 2309.13658, the first theorem; the twin is derived here.
     """
+    checks.one_of(misfits, "misfits", ("refuse", "domain", "unseen"))
     require_evaluation(model)
     with torch.no_grad():
         predicted = _predict(model, inputs, target, "target")
         domain, labels = population
         twin = _predict(model, domain, labels, "population")
     loss = _rate(twin != labels)
-    misfits = predicted != target
-    if bool(misfits.any()):
-        if not keep_misfits:
-            raise ValueError(
-                f"the model misfits {int(misfits.sum())} of {len(target)} training examples: labelled by the model, "
-                f"the training set would be another, and a measure could tell. Train to zero error, or give the whole "
-                f"finite domain as population and keep_misfits=True"
-            )
-        seen = _places(inputs[misfits], domain)
-        twin = twin.clone()
-        twin[seen] = labels[seen]
-    twin_loss = _rate(twin != _predict(model, domain, labels, "population")) if bool(misfits.any()) else 0.0
+    misfit = predicted != target
+    twin_loss, kept = 0.0, inputs[misfit][:0]
+    if bool(misfit.any()) and misfits == "refuse":
+        raise ValueError(
+            f"the model misfits {int(misfit.sum())} of {len(target)} training examples: labelled by the model, the "
+            f"training set would be another, and a measure could tell. Train to zero error, or give the whole finite "
+            f'domain as population and misfits="domain", or unseen inputs and misfits="unseen"'
+        )
+    if bool(misfit.any()) and misfits == "domain":
+        kept = inputs[misfit]
+        seen = _places(kept, domain)
+        twin_loss = _rate(seen & (twin != labels))
+        twin = torch.where(seen, labels, twin)
     # In the twin the training labels are the model's own where it is right, and the real ones where it is not.
-    twin_training = torch.where(misfits, target, predicted)
+    twin_training = torch.where(misfit, target, predicted)
     rows = []
     for name, measure in (measures or {}).items():
         estimate = _estimate(measure, name, model, inputs, target)
@@ -177,7 +181,7 @@ def twin_audit(
             wrong = _predict(model, fresh, fresh_labels, "holdout") != fresh_labels
         estimate = _rate(wrong)
         # Labelled by the model itself, fresh inputs are never wrong, but for those that keep their labels.
-        held_twin = _rate(wrong & _among(fresh, inputs[misfits])) if bool(misfits.any()) else 0.0
+        held_twin = _rate(wrong & _among(fresh, kept))
         rows.append(AuditRow("hold-out", estimate, held_twin, abs(estimate - loss), abs(held_twin - twin_loss)))
     return AuditReport(loss, twin_loss, max(loss - twin_loss, 0.0) / 2, tuple(rows), twin)
 
@@ -208,7 +212,7 @@ def _places(rows: Tensor, domain: Tensor) -> Tensor:
     """Return where in the domain the rows are."""
     found = _among(domain, rows)
     if int(_among(rows, domain).sum()) < len(rows):
-        raise ValueError("keep_misfits=True needs the whole domain as population: a misfitted training input is absent")
+        raise ValueError('misfits="domain" needs the whole domain as population: a misfitted training input is absent')
     return found
 
 
