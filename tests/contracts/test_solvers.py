@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 
-from minimand import bounds, constraints
+from minimand import bounds, constraints, transport
 from minimand.stopping import Stop
 
 STEEP = torch.linspace(0, 1, 8)[:, None], torch.linspace(0, 3, 8)[:, None].square()
@@ -19,8 +19,16 @@ def noisy_signs():
     return model, torch.tensor([[-2.0], [1.0]]), torch.tensor([0, 1])
 
 
+def on_the_circle(max_iter, max_seconds):
+    """The lowest point of a circle, by Newton's method."""
+    solver, start = constraints.ExactALNewton(), torch.tensor([0.8, 0.6], dtype=torch.float64)
+    settings = {"max_iter": max_iter, "max_seconds": max_seconds}
+    return solver.minimize(lambda x: x[0], lambda x: x.square().sum()[None] - 1, start, **settings)
+
+
 # Name to a call ``(max_iter, max_seconds) -> Stop`` on a problem that takes more than one iteration.
 SOLVERS = {
+    "ExactALNewton": lambda max_iter, max_seconds: on_the_circle(max_iter, max_seconds).status,
     "LipschitzRegressor": lambda max_iter, max_seconds: (
         constraints.LipschitzRegressor(0.5, max_iter=max_iter, max_seconds=max_seconds).fit(*STEEP).result.status
     ),
@@ -29,6 +37,16 @@ SOLVERS = {
     ),
     "noise_tolerance": lambda max_iter, max_seconds: (
         bounds.noise_tolerance(*noisy_signs(), num_samples=100, max_iter=max_iter, max_seconds=max_seconds).status
+    ),
+    "semi_relaxed_partial_ot": lambda max_iter, max_seconds: (
+        transport.semi_relaxed_partial_ot(
+            torch.linspace(0, 1, 24).view(8, 3).sin(), mass=0.5, max_iter=max_iter, max_seconds=max_seconds
+        ).status
+    ),
+    "sketch_and_project": lambda max_iter, max_seconds: (
+        constraints.sketch_and_project(
+            torch.eye(4), torch.ones(4), sketch="kaczmarz", max_iter=max_iter, max_seconds=max_seconds
+        ).status
     ),
 }
 

@@ -16,8 +16,23 @@ from .lipschitz_policy import (
     policy_error_bound,
     slope_violation,
 )
+from .lipschitz_transformer import (
+    LipschitzBlock,
+    LipschitzBound,
+    LipschitzGPT,
+    certified_radius,
+    lipschitz_bound,
+)
 from .multiplier import Multiplier, augmented_lagrangian
 from .penalties import exact_penalty, log_barrier, quadratic_penalty
+from .sketch import SketchSolution, sketch_and_project
+from .sketched_newton import (
+    ExactALNewton,
+    NewtonResult,
+    NewtonStep,
+    SingularConstraintError,
+    exact_augmented_lagrangian,
+)
 from .spectral import (
     SpectralHammer,
     SpectralHardCap,
@@ -33,11 +48,19 @@ __all__ = [
     "Ball",
     "Box",
     "ClosedLoopBounds",
+    "ExactALNewton",
+    "LipschitzBlock",
+    "LipschitzBound",
     "LipschitzFit",
+    "LipschitzGPT",
     "LipschitzRegressor",
     "Multiplier",
+    "NewtonResult",
+    "NewtonStep",
     "Projection",
     "Simplex",
+    "SingularConstraintError",
+    "SketchSolution",
     "SpectralHammer",
     "SpectralHardCap",
     "SpectralNormalize",
@@ -45,11 +68,14 @@ __all__ = [
     "SpectralWeightDecay",
     "Stiefel",
     "augmented_lagrangian",
+    "certified_radius",
     "closed_loop_bounds",
     "constrain",
+    "exact_augmented_lagrangian",
     "exact_penalty",
     "fill_distance",
     "fill_failure_probability",
+    "lipschitz_bound",
     "lipschitz_regression",
     "log_barrier",
     "mcshane_extension",
@@ -60,6 +86,7 @@ __all__ = [
     "project_simplex",
     "quadratic_penalty",
     "rms_operator_norm",
+    "sketch_and_project",
     "slope_violation",
     "soft_cap_strength",
 ]
