@@ -20,6 +20,7 @@ hook = install_import_hook(
         "minimand.numerics",
         "minimand.reduction",
         "minimand.scores",
+        "minimand.survival",
     ],
     "beartype.beartype",
 )

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _ROOMS = (
     *("bench", "bounds", "constraints", "losses", "optim", "report"),
-    *("risks", "scores", "studies", "training", "transport"),
+    *("risks", "scores", "studies", "survival", "training", "transport"),
 )
 
 __all__ = ["ObjectiveClassifier", "__version__", *_ROOMS]
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         risks,
         scores,
         studies,
+        survival,
         training,
         transport,
     )

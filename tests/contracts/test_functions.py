@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 
-from minimand import bounds, constraints
+from minimand import bounds, constraints, transport
 
 ROOMS = ("constraints", "transport", "optim", "bounds")
 
@@ -102,12 +102,15 @@ FUNCTIONS = {
     ),
     "project_ball": lambda x: constraints.project_ball(vector(x)),
     "project_simplex": lambda x: constraints.project_simplex(vector(x)),
+    "project_topk_simplex": lambda x: transport.project_topk_simplex(vector(x), k=2),
     "quadratic_penalty": lambda x: constraints.quadratic_penalty(vector(x)),
+    "semi_relaxed_partial_ot": lambda x: transport.semi_relaxed_partial_ot(ROWS + x, mass=0.5).plan,
     "sharpness": lambda x: bounds.sharpness(*regression(x), radius=0.1),
     "slope_violation": lambda x: constraints.slope_violation(ROWS, ROWS + x, lipschitz=0.5),
     "solve_over_field": lambda x: bounds.solve_over_field(
         whole(torch.eye(2)[None] + x), torch.ones(1, 2).long(), order=5
     ),
+    "sparse_ot": lambda x: transport.sparse_ot(ROWS + x, k=2),
     "spectral_margin_bound": lambda x: vars(bounds.spectral_margin_bound(*classification(x))),
     "top_hessian_eigenvalue": lambda x: bounds.top_hessian_eigenvalue(*regression(x)),
     "twin_audit": lambda x: bounds.twin_audit(*classification(x), population=(ROWS, torch.tensor([1, 1]))),
@@ -116,6 +119,10 @@ FUNCTIONS = {
     "rms_operator_norm": lambda x: constraints.rms_operator_norm(ROWS + x),
     "soft_cap_strength": lambda x: constraints.soft_cap_strength(1.0 + x, lr=0.1),
     "sketch_and_project": lambda x: constraints.sketch_and_project(torch.eye(4).double() + x, vector(0.0)),
+    "certified_radius": lambda x: constraints.certified_radius(
+        constraints.lipschitz_bound(regression(0.0)[0]), ROWS + x
+    ),
+    "lipschitz_bound": lambda x: constraints.lipschitz_bound(classification(x, weight=True)[0]),
 }
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import minimand
-from minimand import constraints, losses, risks
+from minimand import constraints, losses, risks, transport
 
 ROOMS = ("losses", "risks", "constraints", "transport", "optim", "bounds")
 PARTS = [
@@ -65,6 +65,16 @@ def adaptive(part, dtype):
     return part(features).sum(), features
 
 
+def matched(part, dtype):
+    cost = scores(dtype).requires_grad_()
+    return part(cost), cost
+
+
+def routed(part, dtype):
+    logits = scores(dtype).requires_grad_()
+    return part(logits).combine.sum(), logits
+
+
 def multiplier(part, dtype):
     violations = scores(dtype, (3,)).requires_grad_()
     return part(violations), violations
@@ -75,7 +85,49 @@ def lipschitz_regressor(part, dtype):
     return part(states).sum(), states
 
 
+def survival(part, dtype):
+    log_risk = scores(dtype, (6,)).requires_grad_()
+    return part(log_risk, torch.tensor([1.0, 2.0, 2.0, 2.0, 3.0, 4.0]), torch.tensor([1, 1, 0, 1, 0, 1])), log_risk
+
+
+def hazards(part, dtype):
+    logits = scores(dtype).requires_grad_()
+    return part(logits, LABELS, torch.tensor([1, 1, 0, 1, 0, 1])), logits
+
+
+def pooled(part, dtype):
+    bags = scores(dtype, (2, 5, 3)).requires_grad_()
+    return part(bags)[0].sum(), bags
+
+
+def bags(part, dtype):
+    instances = scores(dtype, (2, 5, 3)).requires_grad_()
+    return part(instances).sum(), instances
+
+
+def block(part, dtype):
+    tokens = scores(dtype, (2, 3, 4)).requires_grad_()
+    return part(tokens).sum(), tokens
+
+
+def language_model(part, dtype):
+    with torch.no_grad():
+        part.embedding.weight.copy_(scores(dtype, (5, 4)))
+    return part(torch.tensor([[0, 1, 2], [3, 4, 0]])).square().mean(), part.embedding.weight
+
+
 MODULES = {
+    "AttentionPool": (lambda: transport.AttentionPool(3, hidden=4), pooled),
+    "CoxPHLoss": (losses.CoxPHLoss, survival),
+    "DiscreteHazardLoss": (losses.DiscreteHazardLoss, hazards),
+    "MeanPool": (transport.MeanPool, pooled),
+    "OTPool": (lambda: transport.OTPool(3, num_prototypes=2, mass=0.5), pooled),
+    "OTSurv": (
+        lambda: transport.OTSurv(3, dim=4, pool=transport.OTPool(4, num_prototypes=2), dropout=0.0),
+        bags,
+    ),
+    "SparseOTLoss": (lambda: transport.SparseOTLoss(2), matched),
+    "SparseOTRouter": (lambda: transport.SparseOTRouter(3), routed),
     "AggregateLoss": (losses.AggregateLoss, aggregate),
     "LipschitzRegressor": (
         lambda: constraints.LipschitzRegressor(2.0).fit(torch.eye(2), torch.eye(2)[:, :1]),
@@ -90,6 +142,8 @@ MODULES = {
         factored,
     ),
     "AdaptiveTemperature": (lambda: losses.AdaptiveTemperature(12), adaptive),
+    "LipschitzBlock": (lambda: constraints.LipschitzBlock(4, 2, num_blocks=1), block),
+    "LipschitzGPT": (lambda: constraints.LipschitzGPT(5, 4, num_blocks=1, num_heads=2), language_model),
 }
 
 NAMES = [

@@ -26,6 +26,14 @@ from .generalized_cross_entropy import GeneralizedCrossEntropyLoss, MeanAbsolute
 from .loss import Loss
 from .pgd import pgd_attack
 from .saf import MESALoss, SAFLoss, trajectory_kl
+from .survival import (
+    CoxPHLoss,
+    DiscreteHazardLoss,
+    cox_ph_loss,
+    discrete_hazard_loss,
+    event_time_edges,
+    hazard_survival,
+)
 from .symmetric_cross_entropy import SymmetricCrossEntropyLoss
 from .tempnet import RobustTemperatureLoss, TempNet, exact_temperature, robust_temperature_loss
 from .tempnet_contrastive import ContrastiveOut, TempNetContrastiveLoss
@@ -41,6 +49,8 @@ __all__ = [
     "CompSumLoss",
     "ContrastiveOut",
     "CorrectnessAwareLoss",
+    "CoxPHLoss",
+    "DiscreteHazardLoss",
     "EnsLoss",
     "EnsembleTemperatureScaling",
     "FactoredSphericalLinear",
@@ -72,7 +82,11 @@ __all__ = [
     "comp_sum_loss",
     "consistency_features",
     "correctness_aware_loss",
+    "cox_ph_loss",
+    "discrete_hazard_loss",
+    "event_time_edges",
     "exact_temperature",
+    "hazard_survival",
     "inverse_box_cox",
     "ldr_kl_loss",
     "ols",
