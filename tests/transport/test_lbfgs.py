@@ -1,5 +1,7 @@
 """The batched L-BFGS against scipy's, against the two-loop recursion, and on functions with kinks."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -145,9 +147,9 @@ def test_values_only_ever_fall_and_rows_only_ever_become_fewer():
     values = [
         minimize_lbfgs(watched, 5 * random(5, 8), max_iter=limit, tolerance=1e-7).values for limit in (0, 3, 10, 30, 90)
     ]
-    assert all((later <= earlier).all() for earlier, later in zip(values, values[1:], strict=False))
+    assert all((later <= earlier).all() for earlier, later in itertools.pairwise(values))
     last = seen[-90:]
-    assert all(set(later) <= set(earlier) for earlier, later in zip(last, last[1:], strict=False) if len(earlier) < 5)
+    assert all(set(later) <= set(earlier) for earlier, later in itertools.pairwise(last) if len(earlier) < 5)
 
 
 def test_an_unbounded_function_ends():

@@ -100,6 +100,7 @@ def sparse_ot(
     max_iter: int = 1000,
     max_seconds: float | None = None,
     tolerance: float = 1e-6,
+    history: int = 10,
     gradient: Gradient = "envelope",
 ) -> SparseTransport:
     r"""Find a transport plan with at most k nonzeros in each column, for one problem or a batch of them in one call.
@@ -119,6 +120,8 @@ def sparse_ot(
         max_seconds: Most seconds of wall clock, or None.
         tolerance: A problem has converged when its marginals are missed by this share of the mass (the sum of absolute
             errors). It stalls when ten steps raise the value by less than the square of this share.
+        history: How many steps L-BFGS remembers; 10 as in POT (scipy). Where the optimum is a tie between plans the
+            dual has a kink there, and a history as long as ``alpha`` comes much closer to its maximum.
         gradient: ``"envelope"`` makes the value differentiable in ``cost``, ``a`` and ``b``. ``"implicit"`` also the
             plan, by solving with an m x m matrix for each problem in the backward pass.
 
@@ -146,11 +149,13 @@ def sparse_ot(
     checks.one_of(solver, "solver", ("lbfgs", "adam"))
     checks.one_of(gradient, "gradient", ("envelope", "implicit"))
     checks.non_negative(tolerance, "tolerance")
+    if isinstance(history, bool) or not isinstance(history, int) or history < 1:
+        raise ValueError(f"history must be an integer of at least 1, got {history!r}")
     *batch, rows, columns = cost.shape
     flat_cost, flat_a, flat_b = cost.reshape(-1, rows, columns), a.reshape(-1, rows), b.reshape(-1, columns)
     with torch.no_grad():
         problem = _Problem(flat_cost, flat_a, flat_b, min(k, rows), regularization)
-        found = problem.solve(formulation, solver, Budget(max_iter, max_seconds), tolerance)
+        found = problem.solve(formulation, solver, Budget(max_iter, max_seconds), tolerance, history)
         plan, alpha, beta, residual = problem.plan_at(found.points)
     value = _Value.apply(flat_cost, flat_a, flat_b, -found.values, plan, alpha, beta)
     if gradient == "implicit":
@@ -174,7 +179,7 @@ class _Problem:
         self.cost = cost.mT.contiguous()
         self.a, self.b, self.k, self.regularization = a, b, k, regularization
 
-    def solve(self, formulation: str, solver: str, budget: Budget, tolerance: float) -> Minima:
+    def solve(self, formulation: str, solver: str, budget: Budget, tolerance: float, history: int) -> Minima:
         """Minimise the negative dual or semi-dual."""
         columns = _Columns(self.cost, self.k)
         size = self.a.shape[1]
@@ -218,6 +223,7 @@ class _Problem:
             max_seconds=budget.max_seconds,
             tolerance=tolerances,
             least_gain=tolerance**2,
+            history=history,
         )
 
     def plan_at(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -552,8 +558,8 @@ class SparseOTRouter(nn.Module):
         num_experts: Number of experts, the last dimension of the logits.
         capacity_factor: An expert takes at most the even share of tokens times this, rounded up; 1 leaves no slack.
         regularization: The paper's gamma, 1 in the official code.
-        num_iters: Evaluations of the semi-dual, by L-BFGS. The official code takes 20 steps of Adam, which leave several
-            times as many tokens unserved where the gate favours some experts.
+        num_iters: Evaluations of the semi-dual, by L-BFGS. The official code takes 20 steps of Adam, which leave
+            several times as many tokens unserved where the gate favours some experts.
 
     Example:
         >>> router = SparseOTRouter(4, capacity_factor=1.5)
