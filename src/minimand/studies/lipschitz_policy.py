@@ -18,13 +18,16 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bench import Claim, Metric, Outcome, Run, Study
 from ..constraints import (
     LipschitzRegressor,
+    SpectralNormalize,
     closed_loop_bounds,
+    constrain,
     fill_distance,
+    lipschitz_bound,
     measurement_attack,
     policy_error_bound,
 )
@@ -191,10 +194,10 @@ class Loop:
             for attack, label in ((0.0, "nominal"), (plant.attack, "attacked")):
                 cost, states, expert, stage = drive(plant, policy, seen.starts, attack)
                 metrics[f"{label} cost, {plant.name}"] = math.log10(max(cost, 1e-12))
-                if isinstance(policy, LipschitzRegressor):
+                if hasattr(policy, "lipschitz_constant"):
                     broken, share = check(plant, policy, seen, grid, attack, states, expert, stage)
                     violations, used = violations + broken, max(used, share)
-            if isinstance(policy, LipschitzRegressor):
+            if hasattr(policy, "lipschitz_constant"):
                 metrics["violated bounds"], metrics["share of a bound used"] = float(violations), used
             from_noise = self.clone(plant, seen.states, seen.noisy, run)
             error = (from_noise(grid) - plant.expert(grid)).square().mean() / plant.expert(grid).square().mean()
@@ -227,7 +230,7 @@ def drive(
 
 def check(
     plant: Plant,
-    policy: LipschitzRegressor,
+    policy: Any,
     seen: Demonstrations,
     grid: Tensor,
     attack: float,
@@ -279,6 +282,42 @@ def chosen(plant: Plant, states: Tensor, controls: Tensor, run: Run) -> Lipschit
         policy = LipschitzRegressor(bound).fit(states[:kept], controls[:kept])
         errors.append(float((policy(states[kept:]) - controls[kept:]).square().mean()))
     return LipschitzRegressor(candidates[int(np.argmin(errors))]).fit(states, controls)
+
+
+class CappedNetwork:
+    """A network whose weights are capped after every step, so that its certified constant is the expert's at most.
+
+    Args:
+        net: The network.
+        unit: States are divided by it.
+        size: Outputs are multiplied by it.
+    """
+
+    def __init__(self, net: nn.Sequential, unit: float, size: float) -> None:
+        self.net, self.unit, self.size = net, unit, size
+        self.lipschitz_constant = lipschitz_bound(net, norm="l2").value * size / unit
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return the controls."""
+        return self.net(z / self.unit) * self.size
+
+
+def capped(plant: Plant, states: Tensor, controls: Tensor, run: Run) -> CappedNetwork:
+    """Clone by a network with a spectral cap on each layer; told the expert's constant, as the bound there is."""
+    unit, size = float(states.std()), float(controls.std())
+    cap = (plant.constants["expert_lipschitz"] * unit / size) ** (1 / 3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.stream(plant.name) % 2**31)
+        net = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)).double()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
+    constrain(optimizer, SpectralNormalize(cap, norm="l2"))
+    for _ in range(600):
+        optimizer.zero_grad()
+        (net(states / unit) - controls / size).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    return CappedNetwork(net.requires_grad_(False), unit, size)
 
 
 def network(jitter: bool, plant: Plant, states: Tensor, controls: Tensor, run: Run) -> Callable[[Tensor], Tensor]:
@@ -370,6 +409,16 @@ def _claims() -> tuple[Claim, ...]:
         for rival in ("network", "network with jitter") for name in names
     ]  # fmt: skip
     claims += [
+        Claim("network with capped weights", beats="network", metric=f"attacked cost, {name}",
+              says=f"under attack a network with capped weights beats a network, {name}")
+        for name in names
+    ]  # fmt: skip
+    claims += [
+        Claim("network with capped weights", beats="network", metric=f"control error from noisy demonstrations, {name}",
+              says=f"from noisy demonstrations a network with capped weights beats a network, {name}")
+        for name in names
+    ]  # fmt: skip
+    claims += [
         Claim(at, beats=steep, metric=f"control error from noisy demonstrations, {name}",
               says=f"from noisy demonstrations the expert's constant beats one ten times as large, {name}")
         for name in names
@@ -388,6 +437,7 @@ study = Study(
         "bound at twice": Loop(functools.partial(bounded, 2.0)),
         "bound at 10 times": Loop(functools.partial(bounded, 10.0)),
         "bound chosen": Loop(chosen),
+        "network with capped weights": Loop(capped),
     },
     metrics=_metrics(),
     claims=_claims(),
