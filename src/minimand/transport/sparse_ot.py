@@ -578,7 +578,7 @@ class SparseOTRouter(nn.Module):
         *,
         capacity_factor: float = 1.0,
         regularization: float = 1.0,
-        num_iters: int = 50,
+        num_iters: int = 20,
     ) -> None:
         super().__init__()
         if isinstance(num_experts, bool) or not isinstance(num_experts, int):
