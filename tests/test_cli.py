@@ -96,6 +96,9 @@ def test_tuning_runs_the_asked_number_of_trials(data):
         (["compare", "classify", "my.csv", "--target", "label", "--out", "/proc/here"], "--out"),
         (["compare", "bags", "my.csv"], "--target and --bag"),
         (["compare", "calibrate", "absent.npz"], "absent.npz"),
+        (["compare", "bounds", "absent", "my.csv", "--test-fraction", "0.5"], "MODEL must be a folder"),
+        (["compare", "bounds", "absent"], "DATA is needed"),
+        (["compare", "bounds", "--delta", "2"], "--delta must lie between 0 and 1"),
         (["reproduce", "aldr"], "did you mean aldr-kl"),
         (["reproduce", "topo"], "has no study yet"),
         (["show", "nothing"], "there is no method"),
@@ -110,6 +113,27 @@ def test_a_wrong_word_gets_one_sentence_and_exit_code_two(arguments, message, da
     assert "Traceback" not in result.output
     assert len(result.stderr.strip().splitlines()) == 1
     assert before == sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("store"))
+
+
+def test_bounds_audits_a_saved_classifier(data, tmp_path):
+    import polars as pl
+
+    from minimand import ObjectiveClassifier
+
+    table = pl.read_csv(data).with_row_index("row")
+    ObjectiveClassifier(epochs=2, random_state=0).fit(table[:20].drop("label"), table[:20]["label"]).save("model")
+    table.write_csv("rows.csv")
+    command = ["compare", "bounds", "model", "rows.csv", "--target", "label", "--test-fraction", "0.5"]
+    command += ["--repeats", "2", "--jobs", "1", "--out", "there"]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 0, result.output
+    for words in ("hold-out bound", "floor in the worse world", "path norm", "Trust no number"):
+        assert words in result.output
+    assert "What is promised, and every measure" in (tmp_path / "there" / "compare-bounds.html").read_text()
+    found = json.loads(runner.invoke(app, [*command, "--json"]).stdout)
+    assert found["cells"] == 14
+    assert found["floor"] == found["error"] / 2
+    assert found["measures"]["l2_norm"] > 0
 
 
 def test_list_shows_all_methods_as_data():
@@ -139,7 +163,7 @@ def test_importing_minimand_loads_no_torch_and_costs_next_to_nothing():
     assert float(seconds) < 0.3
 
 
-@pytest.mark.parametrize("words", [["list"], ["show", "z-loss"], ["--help"], ["compare", "classify", "--help"]])
+@pytest.mark.parametrize("words", [["list"], ["show", "z-loss"], ["--help"], ["compare", "classify", "--help"], ["compare", "bounds", "--help"]])
 def test_what_needs_no_torch_answers_at_once(words):
     code = (
         "import sys, resource, runpy; sys.argv = ['minimand'] + " + repr(words) + "\n"

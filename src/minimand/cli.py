@@ -307,6 +307,92 @@ def bags(
     )
 
 
+@compare.command()
+def bounds(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder saved by ObjectiveClassifier.save, or package.module:factory of a trained network. Default: "
+            "networks on noisy digits."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Argument(help="The rows that trained it: CSV, TSV, Parquet, JSON lines or NPZ.")
+    ] = None,
+    target: Annotated[str | None, typer.Option("--target", help="The label column.")] = None,
+    drop: Annotated[list[str] | None, typer.Option("--drop", help="Columns to leave out; may be repeated.")] = None,
+    test: Annotated[str | None, typer.Option("--test", help="Rows that the model has not seen.")] = None,
+    test_fraction: Annotated[
+        float | None,
+        typer.Option("--test-fraction", help="Instead: the share of DATA's last rows that it was not trained on."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Safetensors file to load into a factory's network.")
+    ] = None,
+    initial: Annotated[
+        str | None, typer.Option("--initial", help="Safetensors file of the weights that training started from.")
+    ] = None,
+    factory: Annotated[
+        str | None, typer.Option("--factory", help="What builds a saved classifier's custom network.")
+    ] = None,
+    delta: Annotated[float, typer.Option("--delta", help="Probability with which a bound may be wrong.")] = 0.05,
+    repeats: Annotated[int, typer.Option("--repeats", help="How often the unseen rows are halved anew.")] = 10,
+    engine: Engine = "local",
+    jobs: Jobs = None,
+    store: StorePath = None,
+    as_json: Json = False,
+    out: Out = DEFAULT_OUT,
+) -> None:
+    """What do bounds promise of my trained model's error, and why not trust them alone?"""
+
+    def build() -> Study:
+        from .bench.promises import bounds_study
+
+        return bounds_study(
+            model, data, target=target, drop=drop or [], test=test, test_fraction=test_fraction, weights=weights,
+            initial=initial, factory=factory, delta=delta,
+        )  # fmt: skip
+
+    def figures(study: Study, record: dict[str, Any]) -> list[dict[str, str]]:
+        from .bench.promises import audit_figure
+
+        return audit_figure(study, record)
+
+    def more(record: dict[str, Any]) -> dict[str, Any]:
+        from .bench.promises import audit_summary
+
+        return audit_summary(record)
+
+    sys.path.insert(0, "")  # so that a factory is found in a module beside the data, as `python -m` would
+    record = _run(
+        build,
+        kind="compare",
+        problem="bounds",
+        out=out,
+        engine=engine,
+        jobs=jobs,
+        store=store,
+        as_json=as_json,
+        seeds=repeats,
+        figures=figures,
+        more=more,
+    )
+    if not as_json:
+        from rich.console import Console
+        from rich.table import Table
+
+        from .bench.promises import audit_rows
+
+        summary = more(record)
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for row in audit_rows(summary):
+            table.add_row(*row)
+        console = Console()
+        console.print()
+        console.print(table)
+        console.print(f"\n[bold]{summary['advice']}[/bold]", highlight=False)
+
+
 def _run(
     build: Callable[[], Study],
     *,
@@ -320,11 +406,13 @@ def _run(
     seeds: int | None = None,
     code: Callable[[Study, str], str] | None = None,
     figures: Callable[[Study, dict[str, Any]], list[dict[str, str]]] | None = None,
+    more: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Run a study, show it, and write its report.
 
     ``figures`` draws, from the study and its record, what the report shows besides its charts: dicts of ``title``,
-    ``caption`` and ``svg``, the last an ``<svg>`` element whose texts are escaped.
+    ``caption`` and ``svg``, the last an ``<svg>`` element whose texts are escaped. ``more`` adds to what
+    ``--json`` prints.
     """
     from rich.console import Console
 
@@ -359,7 +447,7 @@ def _run(
     if as_json:
         from .bench.record import short_json
 
-        print(json.dumps(short_json(record, str(path)), indent=1))
+        print(json.dumps(short_json(record, str(path)) | (more(record) if more is not None else {}), indent=1))
     else:
         _show(record, path)
     for name in dict.fromkeys(failure.contender for failure in results.failures):

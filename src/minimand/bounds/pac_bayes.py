@@ -204,7 +204,7 @@ def pac_bayes_bound(
 
 def spectral_margin_bound(
     model: nn.Module,
-    inputs: Float[Tensor, "examples features"],
+    inputs: Float[Tensor, "examples ..."],
     target: Int[Tensor, " examples"],
     *,
     delta: float = 0.05,

@@ -7,9 +7,9 @@ there, training gives the same :math:`h`, every number :math:`C(h, S)` is the sa
 
 .. math:: \max(|C - L|, |C - 0|) \ge L / 2.
 
-Where :math:`h` misfits some of :math:`S`, the twin keeps the labels of these inputs. On a finite domain its error is then
-their mass :math:`\mu`, and the floor is :math:`(L - \mu) / 2`; or the error is taken on inputs outside :math:`S` alone,
-where that of the twin is 0 again.
+Where :math:`h` misfits some of :math:`S`, the twin keeps the labels of these inputs. On a finite domain its error is
+then their mass :math:`\mu`, and the floor is :math:`(L - \mu) / 2`; or the error is taken on inputs outside :math:`S`
+alone, where that of the twin is 0 again.
 
 What it does not show: that a measure is wrong on the data at hand, or that it ranks models badly. It shows that a
 measure is right here only by an assumption on the data that excludes the twin. Where distributions come from a family
@@ -181,7 +181,7 @@ def twin_audit(
             wrong = _predict(model, fresh, fresh_labels, "holdout") != fresh_labels
         estimate = _rate(wrong)
         # Labelled by the model itself, fresh inputs are never wrong, but for those that keep their labels.
-        held_twin = _rate(wrong & _among(fresh, kept))
+        held_twin = _rate(wrong & rows_among(fresh, kept))
         rows.append(AuditRow("hold-out", estimate, held_twin, abs(estimate - loss), abs(held_twin - twin_loss)))
     return AuditReport(loss, twin_loss, max(loss - twin_loss, 0.0) / 2, tuple(rows), twin)
 
@@ -210,13 +210,13 @@ def _estimate(measure: Estimator, name: str, model: nn.Module, inputs: Tensor, t
 
 def _places(rows: Tensor, domain: Tensor) -> Tensor:
     """Return where in the domain the rows are."""
-    found = _among(domain, rows)
-    if int(_among(rows, domain).sum()) < len(rows):
+    found = rows_among(domain, rows)
+    if int(rows_among(rows, domain).sum()) < len(rows):
         raise ValueError('misfits="domain" needs the whole domain as population: a misfitted training input is absent')
     return found
 
 
-def _among(rows: Tensor, others: Tensor) -> Tensor:
+def rows_among(rows: Tensor, others: Tensor) -> Tensor:
     """Tell which rows are equal to one of the others."""
     _, kind = torch.unique(torch.cat([rows, others]).flatten(1), dim=0, return_inverse=True)
     return torch.isin(kind[: len(rows)], kind[len(rows) :])
