@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 
-from minimand import bounds, constraints, transport
+from minimand import bounds, constraints, optim, transport
 
 ROOMS = ("constraints", "transport", "optim", "bounds")
 
@@ -61,6 +61,9 @@ def constrained(weight):
     return weight
 
 
+FIXED = {"diameter": 2.0, "grad_bound": 4.0, "smoothness": 1.0}
+
+
 # Name to a call on data to which ``x`` is added: 0.0, or NaN to see it refused.
 FUNCTIONS = {
     "augmented_lagrangian": lambda x: constraints.augmented_lagrangian(vector(x), vector(2.0)),
@@ -75,6 +78,10 @@ FUNCTIONS = {
     "exact_augmented_lagrangian": lambda x: constraints.exact_augmented_lagrangian(
         lambda y: y.square().sum(), lambda y: y[:2], vector(x), vector(1.0, 2)
     ),
+    "ensemble_step": lambda x: optim.ensemble_step(
+        optim.EnsembleState.at(vector(0.0), learners=2), vector(x), step_sizes=torch.tensor([0.1, 0.2]), **FIXED
+    ),
+    "ensemble_step_sizes": lambda x: optim.ensemble_step_sizes(100, **{**FIXED, "smoothness": 1.0 + x}),
     "exact_penalty": lambda x: constraints.exact_penalty(vector(x)),
     "fill_distance": lambda x: constraints.fill_distance(ROWS, ROWS + 1 + x),
     "fill_failure_probability": lambda x: constraints.fill_failure_probability(
@@ -86,6 +93,7 @@ FUNCTIONS = {
     "log_barrier": lambda x: constraints.log_barrier(vector(x)),
     "margin_quantile": lambda x: bounds.margin_quantile(ROWS + x, torch.tensor([3, 0])),
     "mcshane_extension": lambda x: constraints.mcshane_extension(ROWS + 1 + x, ROWS, ROWS, lipschitz=0.5),
+    "measure_sea": lambda x: optim.measure_sea(ROWS[..., None] + x),
     "measurement_attack": lambda x: constraints.measurement_attack(
         lambda state: -state,
         lambda state, control: state + control,
@@ -97,10 +105,23 @@ FUNCTIONS = {
     "noise_tolerance": lambda x: bounds.noise_tolerance(*classification(x), generator=torch.Generator().manual_seed(0)),
     "pac_bayes_bound": lambda x: vars(bounds.pac_bayes_bound(*classification(x))),
     "path_norm": lambda x: bounds.path_norm(classification(x, weight=True)[0], ROWS),
+    "optimistic_entropic_step": lambda x: optim.optimistic_entropic_step(
+        optim.FollowState.on_simplex(vector(0.0).softmax(-1)), vector(x)
+    ),
+    "optimistic_ftrl_step": lambda x: optim.optimistic_ftrl_step(
+        optim.FollowState.at(vector(0.0)), vector(x), diameter=2.0
+    ),
+    "optimistic_newton_step": lambda x: optim.optimistic_newton_step(
+        optim.NewtonState.at(vector(0.0), grad_bound=4.0, curvature=0.1), vector(x), grad_bound=4.0, curvature=0.1
+    ),
+    "optimistic_step": lambda x: optim.optimistic_step(optim.MirrorState.at(vector(0.0)), vector(x), diameter=2.0),
     "policy_error_bound": lambda x: constraints.policy_error_bound(
         fit_error=0.1 + x, lipschitz=2.0, expert_lipschitz=3.0, covering_radius=0.1
     ),
     "project_ball": lambda x: constraints.project_ball(vector(x)),
+    "project_ball_in_metric": lambda x: optim.project_ball_in_metric(
+        vector(x), torch.eye(4, dtype=torch.float64) + ROWS.T @ ROWS
+    ),
     "project_simplex": lambda x: constraints.project_simplex(vector(x)),
     "project_topk_simplex": lambda x: transport.project_topk_simplex(vector(x), k=2),
     "quadratic_penalty": lambda x: constraints.quadratic_penalty(vector(x)),

@@ -14,6 +14,11 @@ from minimand import optim
 OPTIMIZERS = {
     "SAM": lambda params: optim.SAM(params, functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)),
     "Muon": lambda params: optim.Muon(params, lr=0.05, weight_decay=0.1),
+    "EnsembleMirrorDescent": lambda params: optim.EnsembleMirrorDescent(
+        params, 2.0, horizon=100, smoothness=1.0, grad_bound=2.0
+    ),
+    "OptimisticFTRL": lambda params: optim.OptimisticFTRL(params, 1.0),
+    "OptimisticMirrorDescent": lambda params: optim.OptimisticMirrorDescent(params, 1.0, average=True),
 }
 
 
