@@ -393,6 +393,75 @@ def bounds(
         console.print(f"\n[bold]{summary['advice']}[/bold]", highlight=False)
 
 
+@compare.command()
+def survival(
+    folder: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder of one feature file a slide, NAME.h5, .npz or .safetensors. Default: generated bags."
+        ),
+    ] = None,
+    table: Annotated[str | None, typer.Option("--table", help="Table of times and events, one slide a row.")] = None,
+    slide: Annotated[str | None, typer.Option("--id", help="Column of the slides' names.")] = None,
+    time: Annotated[str | None, typer.Option("--time", help="Column of the times.")] = None,
+    event: Annotated[str | None, typer.Option("--event", help="Column that is 1 where the event was seen.")] = None,
+    patient: Annotated[
+        str | None, typer.Option("--patient", help="Column of the patients, whose slides no fold splits.")
+    ] = None,
+    key: Annotated[str | None, typer.Option("--key", help="Name of the array within a file.")] = None,
+    loss: Annotated[str, typer.Option("--loss", help="cox or hazards.")] = "cox",
+    dim: Annotated[int | None, typer.Option("--dim", help="Features of an encoded instance.")] = None,
+    prototypes: Annotated[int | None, typer.Option("--prototypes", help="Prototypes of OTSurv.")] = None,
+    epochs: Annotated[int, typer.Option("--epochs", help="Passes over the training slides.")] = 30,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Slides a step.")] = 25,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate.")] = 3e-3,
+    max_instances: Annotated[
+        int, typer.Option("--max-instances", help="Instances of a slide in a training step.")
+    ] = 2000,
+    folds: Annotated[int, typer.Option("--folds", help="Folds of the cross-validation.")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", help="How often the folds are drawn anew.")] = 2,
+    engine: Engine = "local",
+    jobs: Jobs = None,
+    seed: Seed = 0,
+    store: StorePath = None,
+    as_json: Json = False,
+    out: Out = DEFAULT_OUT,
+) -> None:
+    """Which way to pool a slide's tiles ranks my patients' survival best?"""
+
+    def build() -> Study:
+        from .bench.survival import survival_study
+
+        return survival_study(
+            folder, table=table, slide=slide, time=time, event=event, patient=patient, key=key, loss=loss, dim=dim,
+            prototypes=prototypes, epochs=epochs, batch_size=batch_size, lr=lr, max_instances=max_instances,
+            folds=folds, repeats=repeats, seed=seed,
+        )  # fmt: skip
+
+    def code(study: Study, winner: str) -> str:
+        from .bench.survival import winner_code
+
+        return winner_code(study, winner)
+
+    def figures(study: Study, record: dict[str, Any]) -> list[dict[str, str]]:
+        from .bench.survival import survival_figure
+
+        return survival_figure(study, record)
+
+    _run(
+        build,
+        kind="compare",
+        problem="survival",
+        out=out,
+        engine=engine,
+        jobs=jobs,
+        store=store,
+        as_json=as_json,
+        code=code,
+        figures=figures,
+    )
+
+
 def _run(
     build: Callable[[], Study],
     *,
