@@ -177,9 +177,9 @@ class ExactALNewton:
         forcing: The paper's theta, in (0, 1]: a factor on that bound, or a function of iteration and KKT residual. 1
             gives linear convergence at rate ``accuracy``, ``lambda k, kkt: min(1.0, kkt)`` quadratic.
         curvature: The paper's xi_B, above 0: what B curves by along the constraints where it was shifted; 0.1.
-        constants: ``"practical"`` bounds the relative residual by ``accuracy * forcing`` and shifts the Hessian by as
-            little as ``curvature`` needs. ``"theory"`` takes the paper's, whose bound also falls with norms of the
-            matrices, to 1e-9 and below, and whose shift is the Hessian's norm.
+        constants: ``"practical"`` bounds the relative residual by ``accuracy * forcing`` and shifts the Hessian by
+            twice its most negative curvature along the constraints. ``"theory"`` takes the paper's, whose bound also
+            falls with norms of the matrices, to 1e-9 and below, and whose shift is the Hessian's norm.
         max_inner_iter: Most projections for one step; 100,000 in the released code.
         generator: Draws the sketches; torch's default if None.
 
@@ -381,7 +381,9 @@ class ExactALNewton:
         if free and int(torch.linalg.cholesky_ex(reduced - _LEAST_CURVATURE * identity).info) > 0:
             shift = self.curvature + norm
             if self.constants == "practical":
-                shift = self.curvature - float(torch.linalg.eigvalsh(reduced)[0])
+                # Mirrored: as much curvature upwards as there was downwards, where the least shift overshoots.
+                lowest = float(torch.linalg.eigvalsh(reduced)[0])
+                shift = self.curvature + abs(lowest) - lowest
         matrix = hessian.new_zeros(variables + constraints, variables + constraints)
         matrix[:variables, :variables] = hessian
         matrix[:variables, :variables].diagonal().add_(shift)
