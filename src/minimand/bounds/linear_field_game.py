@@ -164,36 +164,32 @@ def solve_over_field(
     systems, rows, columns = matrix.shape
     # Floats divide many numbers at once, integers do not; products stay below the mantissa, so they are exact.
     dtype = torch.float32 if order**2 < 2**24 else torch.float64
-    table = torch.cat([matrix % order, (values % order)[..., None]], -1).to(dtype)
-    every = torch.arange(systems, device=table.device)
-    place = torch.arange(rows, device=table.device)
-    rank = torch.zeros_like(every)
-    pivots = torch.full((systems, rows), columns, device=table.device)
+    # Systems last: every step then works on long contiguous rows.
+    table = torch.cat([_reduced(matrix, order), _reduced(values, order)[..., None]], -1).permute(2, 1, 0).to(dtype)
+    table = table.contiguous()
+    free = torch.ones(rows, systems, dtype=torch.bool, device=table.device)
+    pivots = torch.full((rows, systems), columns, device=table.device)
     for column in range(columns):
-        if bool((rank == rows).all()):
+        if not bool(free.any()):
             break
-        candidates = (table[:, :, column] != 0) & (place >= rank[:, None])
-        found = candidates.any(1)
-        top = rank.clamp_max(rows - 1)
-        # Systems without a pivot here swap a row with itself and subtract nothing.
-        chosen = torch.where(found, candidates.byte().argmax(1), top)
-        rest = table[:, :, column:]
-        row = rest[every, chosen]
-        rest[every, chosen] = rest[every, top]
-        row = torch.where(found[:, None], (row * _inverse(row[:, :1], order)) % order, row)
-        rest[every, top] = row
-        factors = table[:, :, column] * found[:, None]
-        factors[every, top] = 0
-        rest.addcmul_(factors[..., None], row[:, None], value=-1)
-        # Faster than the remainder, and exact: a whole number over the order is never rounded up to the next.
-        rest.sub_((rest / order).floor_().mul_(order))
-        pivots[every, top] = torch.where(found, column, pivots[every, top])
-        rank += found
-    right = table[..., -1].long()
-    consistent = ~((right != 0) & (place >= rank[:, None])).any(1)
-    solution = torch.zeros(systems, columns + 1, dtype=torch.int64, device=table.device)
-    solution.scatter_(1, pivots, torch.where(pivots < columns, right, 0))
-    return FieldSolution(solution[:, :columns], consistent, rank)
+        rest = table[column:]
+        candidates = (rest[0] != 0) & free
+        found = candidates.any(0)
+        chosen = candidates.byte().argmax(0)[None]
+        row = rest.gather(1, chosen.expand(len(rest), 1, systems))
+        scale = _inverse(row[:1], order)
+        row = _modulo(row * scale, order)
+        # The pivot's row keeps one of itself; systems without a pivot subtract nothing.
+        factors = rest[0].scatter_add(0, chosen, -torch.ones_like(rest[0, :1])) * found
+        rest.addcmul_(factors, row, value=-1)
+        rest.sub_(torch.div(rest, order).floor_(), alpha=order)
+        free.scatter_(0, chosen, free.gather(0, chosen) & ~found)
+        pivots.scatter_(0, chosen, torch.where(found, column, pivots.gather(0, chosen)))
+    right = table[-1].long()
+    solution = torch.zeros(columns + 1, systems, dtype=torch.int64, device=table.device)
+    solution.scatter_(0, pivots, torch.where(free, 0, right))
+    consistent = ~((right != 0) & free).any(0)
+    return FieldSolution(solution[:columns].T.contiguous(), consistent, rows - free.sum(0))
 
 
 class LinearFieldGame:
@@ -377,13 +373,25 @@ def _pair(values: list[float]) -> tuple[float, float]:
     return values[0], values[1]
 
 
+def _reduced(value: Tensor, order: int) -> Tensor:
+    """Return integers modulo the order; dividing integers is slow, and most come reduced."""
+    if value.numel() and int(value.min()) >= 0 and int(value.max()) < order:
+        return value
+    return value % order
+
+
+def _modulo(value: Tensor, order: int) -> Tensor:
+    """Return whole numbers in floats modulo the order: exact, since a quotient is never rounded up to the next one."""
+    return value - order * torch.div(value, order).floor_()
+
+
 def _inverse(value: Tensor, order: int) -> Tensor:
     """Return the inverse by Fermat's theorem, the power ``order - 2``."""
     result, power, exponent = torch.ones_like(value), value, order - 2
     while exponent:
         if exponent & 1:
-            result = result * power % order
-        power, exponent = power * power % order, exponent >> 1
+            result = _modulo(result * power, order)
+        power, exponent = _modulo(power * power, order), exponent >> 1
     return result
 
 

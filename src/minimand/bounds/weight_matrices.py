@@ -138,6 +138,19 @@ def squared_spectral_norms(matrices: list[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.eigvalsh(gram)[-1] for gram in grams])
 
 
+def steps(model: nn.Module) -> list[nn.Module] | None:
+    """Return the modules of a chain of ``nn.Sequential`` in order, or None if the model is anything else."""
+    if type(model) is not nn.Sequential:
+        return None
+    found: list[nn.Module] = []
+    for module in model:
+        inner = steps(module) if isinstance(module, nn.Sequential) else [module]
+        if inner is None:
+            return None
+        found += inner
+    return found
+
+
 def trace(model: nn.Module) -> fx.GraphModule:
     """Trace a model, or say in one sentence that its code depends on its data."""
     try:
