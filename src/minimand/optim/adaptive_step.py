@@ -20,10 +20,12 @@ from torch import Tensor
 
 from .. import checks
 
+Rule = Callable[[int, Tensor, Any], Tensor]
+
 
 @runtime_checkable
 class Account(Protocol):
-    """The part of a learner's state that the step size needs; all of shape ``(*batch,)``."""
+    """The part of a learner's state that the step size needs; all but the rounds of shape ``(*batch,)``."""
 
     @property
     def step_size(self) -> Tensor:
@@ -39,7 +41,7 @@ class Account(Protocol):
 
     @property
     def largest(self) -> Tensor:
-        """The bound on the norm of gradients: the one promised, or the largest norm so far."""
+        """The largest norm of a gradient so far; 0 where a bound on it was promised."""
 
     @property
     def ascent(self) -> Tensor:
@@ -50,52 +52,64 @@ class Account(Protocol):
         """See above."""
 
     @property
-    def rounds(self) -> Tensor:
+    def rounds(self) -> int:
         """How many rounds were played."""
 
 
-def new_account(point: Tensor) -> dict[str, Tensor]:
+def new_account(point: Tensor) -> dict[str, Any]:
     """Return the account before the first round of learners at ``(*batch, dim)``."""
     zero = point.new_zeros(point.shape[:-1])
-    names = ("step_size", "inverse_step", "variation", "largest", "ascent", "stability", "rounds")
-    return dict.fromkeys(names, zero)
-
-
-def bound_on_gradients(state: Account, gradient: Tensor, norm: Callable[[Tensor], Tensor], promised: Any) -> Tensor:
-    """Return the promised bound on gradients, or the largest norm seen, the gradient's included."""
-    if promised is None:
-        return torch.maximum(state.largest, norm(gradient))
-    return torch.full_like(state.largest, promised)
+    names = ("step_size", "inverse_step", "variation", "largest", "ascent", "stability")
+    return {**dict.fromkeys(names, zero), "rounds": 0}
 
 
 def play(
-    state: Account, *, moved: Tensor, largest: Tensor, rule: Callable[[Tensor, Tensor, Tensor], Tensor], free: Any = 0.0
-) -> tuple[Tensor, dict[str, Tensor]]:
+    state: Account, *, moved: Tensor, rule: Rule, largest: Tensor | None = None, free: Tensor | None = None
+) -> tuple[Tensor, dict[str, Any]]:
     """Account for a round and choose the step size of the next.
 
     Args:
         state: Before the round.
         moved: v_t, squared in the norm of the method's own geometry.
-        largest: The bound on gradients, this round's included.
-        rule: ``(rounds, variation, bound on gradients) -> step size``.
+        rule: ``(rounds, variation, largest) -> step size``.
+        largest: The largest norm of a gradient, this round's included; None if the rule needs none.
         free: By how much 1 / step may grow at no cost, as the curvature of the losses pays for it.
 
     Returns:
         The step size of this round, and the account after it.
     """
-    checks.require(torch.isfinite(moved), lambda: "gradient contains NaN or infinity, or its square overflows")
-    # As long as all gradients were zero the learner stayed at its start whatever the step: it may still be chosen.
-    step = torch.where(state.largest == 0, rule(state.rounds, state.variation, largest), state.step_size)
+    # Neither NaN nor infinity is less than infinity.
+    checks.require(moved < torch.inf, lambda: "gradient contains NaN or infinity, or its square overflows")
+    step = state.step_size
+    if state.rounds == 0:
+        step = rule(0, state.variation, largest)
+    elif largest is not None:
+        # As long as all gradients were zero the learner stayed at its start whatever the step: it may still be chosen.
+        step = torch.where(state.largest == 0, rule(state.rounds, state.variation, largest), step)
     inverse, variation, rounds = step.reciprocal(), state.variation + moved, state.rounds + 1
+    growth = inverse - state.inverse_step
     return step, {
         "step_size": rule(rounds, variation, largest),
         "inverse_step": inverse,
         "variation": variation,
-        "largest": largest,
-        "ascent": state.ascent + (inverse - state.inverse_step - free).clamp_min(0),
-        "stability": state.stability + step * moved / 2,
+        "largest": state.largest if largest is None else largest,
+        "ascent": state.ascent + (growth if free is None else growth - free).clamp_min(0),
+        "stability": torch.add(state.stability, step * moved, alpha=0.5),
         "rounds": rounds,
     }
+
+
+def largest_norm(state: Account, gradient: Tensor) -> Tensor:
+    """Return the largest Euclidean norm of a gradient so far, this one's included."""
+    return torch.maximum(state.largest, torch.linalg.vector_norm(gradient, dim=-1))
+
+
+def variation_rule(size: float | Tensor, grad_bound: float | None, eps: float) -> Rule:
+    r"""Build the rule :math:`c / \sqrt{\epsilon + 4 G^2 + V}` of the papers, G promised or the largest norm so far."""
+    if grad_bound is not None:
+        floor = eps + 4 * grad_bound**2
+        return lambda rounds, variation, largest: size * (variation + floor).rsqrt()
+    return lambda rounds, variation, largest: size * torch.add(variation + eps, largest.square(), alpha=4).rsqrt()
 
 
 def check_steps(grad_bound: float | None, lr: float, eps: float) -> None:

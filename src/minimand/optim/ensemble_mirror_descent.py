@@ -86,7 +86,7 @@ class EnsembleState(NamedTuple):
         step_size: What multiplies the learners' step sizes in the next round.
         inverse_step: One over that of the last round.
         variation: V_t.
-        largest: 1 after the first round.
+        largest: Not used.
         ascent: See :mod:`minimand.optim.adaptive_step`.
         stability: See :mod:`minimand.optim.adaptive_step`.
         rounds: How many rounds were played.
@@ -105,7 +105,7 @@ class EnsembleState(NamedTuple):
     largest: Tensor
     ascent: Tensor
     stability: Tensor
-    rounds: Tensor
+    rounds: int
 
     @classmethod
     def at(cls, point: Float[Tensor, "*batch dim"], *, learners: int) -> EnsembleState:
@@ -190,7 +190,6 @@ def ensemble_step(
     multiplier, account = play(
         state,
         moved=torch.linalg.vecdot(difference, difference),
-        largest=torch.ones_like(state.largest),
         rule=lambda rounds, variation, largest: torch.full_like(variation, lr),
     )
     steps, row = step_sizes.to(gradient), gradient[..., None, :]

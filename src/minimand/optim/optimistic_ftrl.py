@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .. import checks
 from ..projections import Projection
-from .adaptive_step import bound_on_gradients, check_round, check_steps, new_account, play
+from .adaptive_step import check_round, check_steps, largest_norm, new_account, play, variation_rule
 from .domains import check_domain, project_rows
 from .vector_optimizer import VectorOptimizer
 
@@ -48,7 +48,7 @@ class FollowState(NamedTuple):
         step_size: The paper's eta of the next round.
         inverse_step: One over the step size of the last round.
         variation: V_t.
-        largest: The bound on the norm of gradients.
+        largest: The largest norm of a gradient so far; 0 where a bound was promised.
         ascent: See :mod:`minimand.optim.adaptive_step`.
         stability: See :mod:`minimand.optim.adaptive_step`.
         rounds: How many rounds were played.
@@ -64,7 +64,7 @@ class FollowState(NamedTuple):
     largest: Tensor
     ascent: Tensor
     stability: Tensor
-    rounds: Tensor
+    rounds: int
 
     @classmethod
     def at(cls, point: Float[Tensor, "*batch dim"]) -> FollowState:
@@ -138,8 +138,8 @@ def optimistic_ftrl_step(
     _, account = play(
         state,
         moved=torch.linalg.vecdot(difference, difference),
-        largest=bound_on_gradients(state, gradient, lambda g: torch.linalg.vector_norm(g, dim=-1), grad_bound),
-        rule=lambda rounds, variation, largest: lr * diameter * (eps + 4 * largest.square() + variation).rsqrt(),
+        rule=variation_rule(lr * diameter, grad_bound, eps),
+        largest=largest_norm(state, gradient) if grad_bound is None else None,
     )
     total = state.total + gradient
     point = project_rows(
@@ -199,8 +199,8 @@ def optimistic_entropic_step(
     _, account = play(
         state,
         moved=_half_range(scaled - state.hint).square(),
-        largest=bound_on_gradients(state, scaled, _half_range, None if grad_bound is None else total * grad_bound),
-        rule=lambda rounds, variation, largest: lr * (size / (eps + 4 * largest.square() + variation)).sqrt(),
+        rule=variation_rule(lr * size.sqrt(), None if grad_bound is None else total * grad_bound, eps),
+        largest=torch.maximum(state.largest, _half_range(scaled)) if grad_bound is None else None,
     )
     summed = state.total + scaled
     guess = scaled if hint is None else total * hint

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from .. import checks
 from ..projections import Projection, Simplex
-from .adaptive_step import bound_on_gradients, check_round, check_steps, new_account, play
+from .adaptive_step import check_round, check_steps, largest_norm, new_account, play, variation_rule
 from .domains import check_domain, project_rows
 from .optimistic_ftrl import FollowState, optimistic_entropic_step
 from .optimistic_newton import LARGEST_METRIC, NewtonState, check_ball, optimistic_newton_step
@@ -57,7 +57,7 @@ class MirrorState(NamedTuple):
         step_size: The paper's eta of the next round.
         inverse_step: One over the step size of the last round.
         variation: V_t.
-        largest: The bound on the norm of gradients.
+        largest: The largest norm of a gradient so far; 0 where a bound was promised.
         ascent: See :mod:`minimand.optim.adaptive_step`.
         stability: See :mod:`minimand.optim.adaptive_step`.
         rounds: How many rounds were played.
@@ -72,7 +72,7 @@ class MirrorState(NamedTuple):
     largest: Tensor
     ascent: Tensor
     stability: Tensor
-    rounds: Tensor
+    rounds: int
 
     @classmethod
     def at(cls, point: Float[Tensor, "*batch dim"]) -> MirrorState:
@@ -134,24 +134,21 @@ def optimistic_step(
     difference = gradient - state.hint
     moved = torch.linalg.vecdot(difference, difference)
     if strong_convexity is None:
-        largest = bound_on_gradients(state, gradient, lambda g: torch.linalg.vector_norm(g, dim=-1), grad_bound)
         step, account = play(
             state,
             moved=moved,
-            largest=largest,
-            rule=lambda rounds, variation, largest: lr * diameter * (eps + 4 * largest.square() + variation).rsqrt(),
+            rule=variation_rule(lr * diameter, grad_bound, eps),
+            largest=largest_norm(state, gradient) if grad_bound is None else None,
         )
     else:
         checks.positive(strong_convexity, "strong_convexity")
-        # Half the curvature pays for the growth of 1 / eta where x differs from its anchor, all of it where it cannot.
-        half = strong_convexity / 2
-        paid = torch.where(state.rounds == 0, 2 * half, (state.step_size.reciprocal() / 2).clamp_max(half))
+        fastest = 2 * lr / strong_convexity
         step, account = play(
             state,
             moved=moved,
-            largest=torch.ones_like(state.largest),
-            rule=lambda rounds, variation, largest: 2 * lr / (strong_convexity * (rounds + 1)),
-            free=paid,
+            rule=lambda rounds, variation, largest: torch.full_like(variation, fastest / (rounds + 1)),
+            # Half the curvature pays for the growth of 1 / eta, as far as the distance to the anchor allows.
+            free=(state.step_size.reciprocal() / 2).clamp_max(strong_convexity / 2),
         )
     anchor = project_rows(torch.addcmul(state.anchor, step[..., None], gradient, value=-1), domain)
     point = project_rows(torch.addcmul(anchor, account["step_size"][..., None], gradient, value=-1), domain)

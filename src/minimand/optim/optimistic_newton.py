@@ -56,7 +56,7 @@ class NewtonState(NamedTuple):
     variation: Tensor
     start: Tensor
     stability: Tensor
-    rounds: Tensor
+    rounds: int
 
     @classmethod
     def at(
@@ -89,7 +89,7 @@ class NewtonState(NamedTuple):
             variation=zero,
             start=torch.full_like(zero, start),
             stability=zero,
-            rounds=zero,
+            rounds=0,
         )
 
     def regret_bound(self, *, diameter: float) -> Float[Tensor, "*batch"]:
@@ -143,7 +143,7 @@ def optimistic_newton_step(
     check_ball(domain)
     difference = gradient - state.hint
     moved = torch.linalg.vecdot(difference, difference)
-    checks.require(torch.isfinite(moved), lambda: "gradient contains NaN or infinity, or its square overflows")
+    checks.require(moved < torch.inf, lambda: "gradient contains NaN or infinity, or its square overflows")
     paid = 1.5 * torch.linalg.vecdot(difference, _times(state.inverse, difference))
     # A norm that equals the bound may come out a rounding error above it.
     kept = torch.linalg.vector_norm(gradient, dim=-1) <= grad_bound * (1 + 1e-5)

@@ -132,32 +132,28 @@ class VectorOptimizer(torch.optim.Optimizer, abc.ABC):
             mean = store.get("average", state.point)
             store["average"] = mean + (state.point - mean) / after.rounds
         store["learner"] = _plain(after)
-        for weight, part in zip(group["params"], _parts(after.point, group["params"]), strict=True):
-            weight.copy_(part)
+        torch._foreach_copy_(group["params"], _parts(after.point, group["params"]))
 
 
 def _plain(state: Any) -> dict[str, Any]:
-    """Turn a NamedTuple of tensors, and of such tuples, into dictionaries that any checkpoint can hold."""
-    return {
-        name: value if isinstance(value, Tensor) else _plain(value)
-        for name, value in state._asdict().items()
-        if value is not None
-    }
+    """Turn a NamedTuple, and such tuples in it, into dictionaries that any checkpoint can hold."""
+    return {name: _plain(value) if hasattr(value, "_asdict") else value for name, value in state._asdict().items()}
 
 
-def _copy(saved: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        name: value.to(device, copy=True) if isinstance(value, Tensor) else _copy(value, device)
-        for name, value in saved.items()
-    }
+def _copy(saved: Any, device: torch.device) -> Any:
+    if isinstance(saved, dict):
+        return {name: _copy(value, device) for name, value in saved.items()}
+    return saved.to(device, copy=True) if isinstance(saved, Tensor) else saved
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _join(tensors: list[Tensor]) -> Tensor:
+    # torch.cat copies even a single tensor, so that zero_grad cannot reach the hint.
+    vector = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    return vector.to(torch.promote_types(vector.dtype, torch.float32))
 
 
 def _vector(weights: list[Tensor]) -> Tensor:
-    return torch.cat([weight.detach().to(_wide(weight)).reshape(-1) for weight in weights])
+    return _join([weight.detach() for weight in weights])
 
 
 def _parts(vector: Tensor, weights: list[Tensor]) -> list[Tensor]:
@@ -172,5 +168,4 @@ def _gradient(weights: list[Tensor]) -> Tensor | None:
     gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
     if any(gradient.is_sparse for gradient in gradients):
         raise ValueError("gradients must be dense: the hint and the variation are those of the whole vector")
-    # torch.cat copies even a single tensor, so that zero_grad cannot reach the hint.
-    return torch.cat([gradient.to(_wide(gradient)).reshape(-1) for gradient in gradients])
+    return _join(gradients)
