@@ -420,10 +420,10 @@ def noisy_digits(seed: int) -> TrainedModel:
     train, fresh = order[:300], order[300:]
     model = training.seeded(lambda: training.mlp(64, 10), seed)
     start = copy.deepcopy(model.state_dict())
-    recipe = Recipe(epochs=120, batch_size=50, lr=3e-3, weight_decay=0.0, schedule="constant")
+    recipe = Recipe(epochs=400, batch_size=50, lr=3e-3, weight_decay=0.0, schedule="constant")
 
     def fitted(epoch: int, loss: float) -> bool:
-        return loss < 0.01
+        return loss < 0.005
 
     training.fit(
         model, nn.CrossEntropyLoss(), images[train], labels[train], recipe=recipe, seed=seed, after_epoch=fitted
