@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimand.constraints import sketch_and_project
+from minimand.constraints.sketch import _equilibrated
 from minimand.stopping import Stop
 
 
@@ -137,6 +138,31 @@ def test_consistent_systems_of_any_shape_are_solved_at_the_least_distance(sketch
     torch.testing.assert_close(found.solution, torch.linalg.pinv(matrix) @ target, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("sketch", ["gaussian", "block", "kaczmarz"])
+def test_equilibration_solves_the_system_as_it_came(sketch):
+    """Rows and columns of wildly different size: hopeless as they are, easy once scaled."""
+    matrix, solution, _ = system(4, 10, 10)
+    matrix = matrix + 10 * torch.eye(10, dtype=torch.float64)
+    matrix = torch.logspace(-3, 3, 10, dtype=torch.float64)[:, None] * matrix
+    matrix = matrix * torch.logspace(2, -2, 10, dtype=torch.float64)
+    target = matrix @ solution
+    settings_ = {"sketch": sketch, "sketch_size": 1 if sketch == "kaczmarz" else 3, "tolerance": 1e-8}
+    found = sketch_and_project(matrix, target, equilibrate=True, max_iter=5000, generator=seeded(0), **settings_)
+    assert found.status is Stop.CONVERGED
+    assert float((matrix @ found.solution - target).norm()) <= 1e-8 * float(target.norm())
+    plain = sketch_and_project(matrix, target, max_iter=5000, generator=seeded(0), **settings_)
+    assert plain.status is Stop.ITERATION_LIMIT
+
+
+def test_equilibration_makes_norms_alike_and_leaves_zeros_alone():
+    matrix = torch.tensor([[1e4, 2.0, 0.0], [3.0, 1e-3, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    scaled, rows, columns = _equilibrated(matrix)
+    torch.testing.assert_close(scaled, rows[:, None] * matrix * columns)
+    assert scaled[:2, :2].norm(dim=1).std() < 0.2
+    assert torch.isfinite(rows).all()
+    assert torch.isfinite(columns).all()
+
+
 def test_equations_that_repeat_do_no_harm():
     matrix, _, _ = system(2, 4, 8)
     matrix = torch.cat([matrix, matrix])
@@ -169,6 +195,8 @@ def test_flops_are_those_of_the_documented_formulas():
     assert flops("block", 2, 15) == 2 * projection + 2 * residual
     assert flops("gaussian", 2, 15) == 2 * (projection + 2 * N * N * 15 + 2 * N * 15) + 2 * residual
     together = 3 * 8**2 + 6**2
+    found = sketch_and_project(matrix, target, equilibrate=True, max_iter=0, generator=seeded(0))
+    assert found.flops == 30 * N**2 + residual
     assert flops("kaczmarz", N) == 2 * together * N + together + 4 * N * N + 2 * residual
 
 

@@ -15,7 +15,8 @@ Flops are those of the operations carried out, for ``M`` equations in ``N`` unkn
 - block, a step: :math:`4Ns^2 - \tfrac43 s^3` for a QR with its Q, :math:`s^2` for the triangle, :math:`4Ns` for
   residual and update;
 - kaczmarz, q rows at once: :math:`2q^2N` for their products, :math:`q^2` for the triangle, :math:`4Nq` as above;
-- the residual of all equations, once every max(1, N / s) steps: :math:`2MN`.
+- the residual of all equations, once every max(1, N / s) steps: :math:`2MN`;
+- equilibration: :math:`30MN`.
 
 Source: Gower and Richtárik, "Randomized iterative methods for linear systems", SIMAX 2015, arXiv 1506.03296; Strohmer
 and Vershynin, "A randomized Kaczmarz algorithm with exponential convergence", 2009, arXiv math/0702226.
@@ -38,6 +39,7 @@ Sketch = Literal["full", "gaussian", "block", "kaczmarz"]
 
 SKETCHES = ("full", "gaussian", "block", "kaczmarz")
 _ROWS_AT_ONCE = 8
+_SCALINGS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,7 @@ def sketch_and_project(
     sketch: Sketch = "block",
     sketch_size: int | None = None,
     initial: Float[Tensor, " unknowns"] | None = None,
+    equilibrate: bool = False,
     tolerance: float = 1e-6,
     max_iter: int = 100_000,
     max_seconds: float | None = None,
@@ -80,6 +83,9 @@ def sketch_and_project(
             ``"kaczmarz"`` one, in proportion to its squared norm; ``"full"`` solves directly.
         sketch_size: s, the columns of the sketch: three quarters of the equations if None, 1 for ``"kaczmarz"``.
         initial: Where to start; zero if None.
+        equilibrate: Whether equations and unknowns are first scaled to rows and columns of like norms, which often
+            takes orders of magnitude off the condition. Projections are then orthogonal in the scaled unknowns;
+            residuals are still those of the equations as they came.
         tolerance: Stop when the norm of A z - b is at most this times that of b.
         max_iter: Most projections.
         max_seconds: Most seconds; None for no limit.
@@ -98,16 +104,23 @@ def sketch_and_project(
         ([1.0, 1.0], <Stop.CONVERGED: 'converged'>)
 
     Source:
-        Gower and Richtárik 2015, arXiv 1506.03296, equation 1.3, with B the identity.
+        Gower and Richtárik 2015, arXiv 1506.03296, equation 1.3, with B the identity; the scaling: Ruiz, "A scaling
+        algorithm to equilibrate both rows and columns norms in matrices", RAL-TR-2001-034, with Euclidean norms.
     """
     budget = Budget(max_iter, max_seconds)
     size = _check(matrix, target, sketch, sketch_size, initial, tolerance)
-    solution = torch.zeros_like(matrix[0]) if initial is None else initial.detach().clone()
     matrix, target = matrix.detach(), target.detach()
     equations, unknowns = matrix.shape
+    solution = torch.zeros_like(matrix[0]) if initial is None else initial.detach().clone()
     scale = float(target.norm())
     iteration, flops = 0, 0
-    squares = matrix.square().sum(1) if sketch == "kaczmarz" else None
+    scaled, scaled_target, units = matrix, target, torch.ones_like(solution)
+    if equilibrate and sketch != "full":
+        scaled, weights, units = _equilibrated(matrix)
+        scaled_target = weights * target
+        flops += 6 * _SCALINGS * equations * unknowns
+    inside = solution / units
+    squares = scaled.square().sum(1) if sketch == "kaczmarz" else None
 
     while True:
         distance = float((matrix @ solution - target).norm())
@@ -127,12 +140,25 @@ def sketch_and_project(
         # A residual costs as much as N rows: one for every N of them at most doubles the price of a row.
         sweep = min(max(1, unknowns // size), max_iter - iteration)
         if squares is not None:
-            flops += _kaczmarz(matrix, target, squares, solution, sweep, generator)
+            flops += _kaczmarz(scaled, scaled_target, squares, inside, sweep, generator)
         else:
             for _ in range(sweep):
-                rows, values, cost = _sketched(matrix, target, sketch, size, generator)
-                flops += cost + _project(rows, values, solution)
+                rows, values, cost = _sketched(scaled, scaled_target, sketch, size, generator)
+                flops += cost + _project(rows, values, inside)
+        solution = units * inside
         iteration += sweep
+
+
+def _equilibrated(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the matrix with rows and columns of like norms, and the factors of its rows and its columns."""
+    rows, columns = torch.ones_like(matrix[:, 0]), torch.ones_like(matrix[0])
+    scaled = matrix
+    for _ in range(_SCALINGS):
+        across, down = scaled.norm(dim=1), scaled.norm(dim=0)
+        rows = rows * torch.where(across > 0, across, torch.ones_like(across)).rsqrt()
+        columns = columns * torch.where(down > 0, down, torch.ones_like(down)).rsqrt()
+        scaled = rows[:, None] * matrix * columns
+    return scaled, rows, columns
 
 
 def _direct(matrix: Tensor, target: Tensor) -> tuple[Tensor, int]:
