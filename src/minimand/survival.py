@@ -11,6 +11,8 @@ from torch import Tensor
 
 from . import checks
 
+__all__ = ["LogRank", "SurvivalCurve", "check_survival", "concordance_index", "kaplan_meier", "log_rank_test"]
+
 
 def check_survival(time: Tensor, event: Tensor, count: int) -> Bool[Tensor, " batch"]:
     """Check ``count`` times and event indicators, and return the latter as booleans.

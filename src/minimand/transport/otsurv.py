@@ -143,8 +143,9 @@ def semi_relaxed_partial_ot(
         tolerance = 1e-9 if precise == torch.float64 else 1e-5
 
     with torch.no_grad():
-        logits = costs.new_zeros(*costs.shape[:2], columns.shape[1])
-        torch.div(costs, -regularization, out=logits[..., :prototypes])
+        # A row a column: softmaxes over few prototypes and products with the kernel then run along memory.
+        logits = costs.new_zeros(len(costs), columns.shape[1], instances)
+        torch.div(costs.mT, -regularization, out=logits[:, :prototypes])
         shares, residual, iterations, status = _scale(logits, rows, columns, exponent, tolerance, budget)
     plan = _Plan.apply(costs, rows, columns, shares, exponent, regularization)
     return PartialTransport(plan.to(cost.dtype).reshape(cost.shape), residual, iterations, status)
@@ -471,28 +472,28 @@ def _column_mass(costs: Tensor, prior: Tensor | None, batch: list[int], mass: fl
 def _scale(
     logits: Tensor, rows: Tensor, columns: Tensor, exponent: Tensor, tolerance: float, budget: Budget
 ) -> tuple[Tensor, float, int, Stop]:
-    """Return the rows' shares P at the fixed point, the last change of a potential, the sweeps and why they ended.
+    """Return the shares P^T at the fixed point, the last change of a potential, the sweeps and why they ended.
 
     A sweep in log space costs two passes of exponentials, one on the kernel two products of a matrix and a vector. So
-    far from the solution, sweeps run on the kernel P, whose rows add up to one, from one sweep in log space to the
-    next. Near it a Newton step on the few potentials is tried, since sweeps converge slowly where little mass is moved.
+    far from the solution, sweeps run on the kernel P from one sweep in log space to the next. Near it a Newton step on
+    the few potentials is tried, since sweeps converge slowly where little mass is moved.
     """
     finfo = torch.finfo(logits.dtype)
-    weights, log_columns = rows[:, None], columns.log()
+    weights, log_columns = rows[..., None], columns.log()
     potential = torch.zeros_like(columns)
     fallback = potential
     last = potential.new_full((len(potential),), math.inf)
     residual, iterations, newton, may_try = math.inf, 0, False, True
     while True:
-        log_shares = (logits + potential[:, None]).log_softmax(-1)
+        log_shares = (logits + potential[..., None]).log_softmax(1)
         shares = log_shares.exp()
         stop = budget.spent(iterations)
         if stop is not None:
             return shares, residual, iterations, stop
-        used = torch.bmm(weights, shares)[:, 0]
+        used = torch.bmm(shares, weights)[..., 0]
         log_used = used.log()
         if bool((used <= finfo.tiny).any()):  # a column that no row comes near: its mass is there in log space only
-            log_used = (log_shares + rows.log()[..., None]).logsumexp(1)
+            log_used = (log_shares + rows.log()[:, None]).logsumexp(2)
         moved = exponent * (log_columns - log_used + potential)
         delta = moved - potential
         change = 0.5 * (delta.amax(1) - delta.amin(1)) if _free_constant(exponent) else delta.abs().amax(1)
@@ -540,11 +541,10 @@ def _sweeps(
     """Sweep on the kernel from ``moved``; return the potential, and in how many sweeps: none where they overflow."""
     count = max(min(_SWEEPS, budget.max_iter - iterations), 0)
     constant = exponent * (log_columns + potential) - potential
-    transposed = shares.mT.contiguous()  # long rows: both products then run along memory
     log_v = moved - potential
     for _ in range(count):
-        scaled = rows / torch.bmm(log_v.exp()[:, None], transposed)[:, 0]
-        log_v = constant - exponent * torch.bmm(transposed, scaled[..., None])[..., 0].log()
+        scaled = rows / torch.bmm(log_v.exp()[:, None], shares)[:, 0]
+        log_v = constant - exponent * torch.bmm(shares, scaled[..., None])[..., 0].log()
     return (potential + log_v, count) if bool(torch.isfinite(log_v).all()) else (moved, 0)
 
 
@@ -557,7 +557,7 @@ def _one_less_derivative(shares: Tensor, rows: Tensor, used: Tensor, exponent: T
     """Return I - J^T for each bag in double precision, made invertible by c 1^T where it is not; and f / c."""
     ratio = exponent / used.clamp_min(torch.finfo(used.dtype).tiny)
     wide = torch.float32 if rows.device.type == "mps" else torch.float64
-    system = -(torch.bmm((rows[..., None] * shares).mT, shares) * ratio[:, None]).to(wide)
+    system = -(torch.bmm(rows[:, None] * shares, shares.mT) * ratio[:, None]).to(wide)
     system.diagonal(dim1=1, dim2=2).add_(1)
     if _free_constant(exponent):
         system = system + used[..., None].to(wide)
@@ -565,7 +565,7 @@ def _one_less_derivative(shares: Tensor, rows: Tensor, used: Tensor, exponent: T
 
 
 class _Plan(torch.autograd.Function):
-    """The plan diag(a) P without its last column, with the gradient of the exact solution."""
+    """The plan diag(a) P without its last column, from P^T, with the gradient of the exact solution."""
 
     @staticmethod
     def forward(
@@ -579,25 +579,25 @@ class _Plan(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(rows, columns, shares, exponent)
         ctx.regularization, ctx.prototypes = regularization, costs.shape[2]
-        return rows[..., None] * shares[..., : ctx.prototypes]
+        return (rows[:, None] * shares[:, : ctx.prototypes]).mT
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, columns, shares, exponent = ctx.saved_tensors
         prototypes = ctx.prototypes
-        real = shares[..., :prototypes]
-        inner = torch.linalg.vecdot(real, grad)  # the virtual column has no gradient
-        plan = rows[..., None] * shares
-        used = plan.sum(1)
-        pull = -torch.bmm(inner[:, None], plan)[:, 0]
-        pull[:, :prototypes] += torch.linalg.vecdot(plan[..., :prototypes], grad, dim=1)
+        grad = grad.mT
+        inner = torch.linalg.vecdot(shares[:, :prototypes], grad, dim=1)  # the virtual column has no gradient
+        plan = rows[:, None] * shares
+        used = plan.sum(2)
+        pull = -torch.bmm(plan, inner[..., None])[..., 0]
+        pull[:, :prototypes] += torch.linalg.vecdot(plan[:, :prototypes], grad, dim=2)
         system, ratio = _one_less_derivative(shares, rows, used, exponent)
         lift = torch.linalg.solve(system, pull.to(system)).to(pull) * ratio
-        inner = inner - torch.bmm(shares, lift[..., None])[..., 0]
-        cost_grad = (grad - lift[:, None, :prototypes]).sub_(inner[..., None])
-        cost_grad.mul_(plan[..., :prototypes]).div_(-ctx.regularization)
-        return cost_grad, inner, lift * used / columns, None, None, None
+        inner = inner - torch.bmm(lift[:, None], shares)[:, 0]
+        cost_grad = (grad - lift[:, :prototypes, None]).sub_(inner[:, None])
+        cost_grad.mul_(plan[:, :prototypes]).div_(-ctx.regularization)
+        return cost_grad.mT, inner, lift * used / columns, None, None, None
 
 
 class _Distance(torch.autograd.Function):
