@@ -48,6 +48,11 @@ SOLVERS = {
             torch.eye(4), torch.ones(4), sketch="kaczmarz", max_iter=max_iter, max_seconds=max_seconds
         ).status
     ),
+    "sparse_ot": lambda max_iter, max_seconds: (
+        transport.sparse_ot(
+            torch.linspace(0, 1, 24).view(4, 6).sin(), k=4, max_iter=max_iter, max_seconds=max_seconds
+        ).status
+    ),
 }
 
 
