@@ -181,6 +181,7 @@ def discrete_hazard_loss(
         (interval >= 0) & (interval < bins),
         lambda: f"interval must lie in [0, {bins - 1}], got values from {int(interval.min())} to {int(interval.max())}",
     )
+    checks.finite(input.detach(), "input")  # of all intervals, also of those not lived to
     x = input.to(torch.promote_types(input.dtype, torch.float32))
     lived = torch.arange(bins, device=x.device) <= interval[:, None]
     survived = torch.where(lived, F.softplus(x), 0.0).sum(1)

@@ -109,9 +109,9 @@ def semi_relaxed_partial_ot(
             holds no instance or no mass.
 
     Example:
-        >>> cost = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+        >>> cost = torch.tensor([[0.0, 0.4], [0.4, 0.0], [0.4, 0.4]])
         >>> semi_relaxed_partial_ot(cost, mass=0.5).plan.sum(1)  # the third fits nothing and moves least
-        tensor([0.2497, 0.2497, 0.0005])
+        tensor([0.2365, 0.2365, 0.0269])
 
     Source:
         Ren et al. 2025, arXiv 2506.20741; Chizat et al. 2018, arXiv 1607.05816, algorithm 1.

@@ -116,8 +116,8 @@ class AttentionPool(InstancePool):
     Example:
         >>> pool = AttentionPool(8)
         >>> embedding, weights = pool(torch.randn(2, 100, 8))
-        >>> weights.sum(1)
-        tensor([1.0000, 1.0000], grad_fn=<SumBackward1>)
+        >>> embedding.shape, weights.shape
+        (torch.Size([2, 8]), torch.Size([2, 100]))
 
     Source:
         Ilse, Tomczak and Welling, "Attention-based Deep Multiple Instance Learning", ICML 2018, arXiv 1802.04712,
