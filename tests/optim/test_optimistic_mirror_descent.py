@@ -318,6 +318,19 @@ def test_the_step_size_of_a_round_is_that_of_the_variation_before_it():
         hint = gradient
 
 
+def test_without_a_promise_the_step_follows_the_largest_norm_so_far_and_the_first_sees_its_own():
+    """After rounds without gradient, in which every step would have stayed at the start, the first may still choose."""
+    norms = [0.0, 0.0, 3.0, 1.0, 5.0, 2.0]
+    state, largest, variation, before, sizes = MirrorState.at(torch.zeros(1, dtype=torch.float64)), 0.0, 0.0, 0.0, []
+    for norm in norms:
+        sizes.append(2.0 / math.sqrt(0.1 + 4 * (largest or norm) ** 2 + variation))
+        largest, variation, before = max(largest, norm), variation + (norm - before) ** 2, norm
+        state = optim.optimistic_step(state, torch.tensor([norm], dtype=torch.float64), diameter=2.0, eps=0.1)
+        assert float(state.inverse_step) == pytest.approx(1 / sizes[-1])
+    anchor = -sum(size * norm for size, norm in zip(sizes, norms, strict=True))
+    assert float(state.anchor) == pytest.approx(anchor)
+
+
 def test_constant_gradients_leave_the_step_alone_and_the_regret_bounded():
     gradient = nn.functional.normalize(normals(10), dim=-1)
     regrets, sizes, state = [0.0], [], MirrorState.at(torch.zeros(10, dtype=torch.float64))
@@ -540,9 +553,11 @@ def test_the_weights_of_an_ensemble_are_optimistic_hedge_on_corrected_losses():
     sizes, domain = torch.tensor([0.05, 0.2, 0.8], dtype=torch.float64), Ball(1.0)
     state = optim.EnsembleState.at(torch.zeros(DIM, dtype=torch.float64), learners=3)
     total, error, hint = torch.zeros(3).double(), 0.0, torch.zeros(3).double()
-    before = state.points
+    before, correction = state.points, 0.0
     for t in range(ROUNDS):
         gradient = short(normals(DIM, seed=t))
+        moves = (state.points - before).square().sum(-1)
+        correction = correction + moves - state.weights.point @ moves
         loss = state.points @ gradient + 1.4 * (state.points - before).square().sum(-1)
         total, error = total + loss, error + float((loss - hint).max() - (loss - hint).min()) ** 2 / 4
         before = state.points
@@ -553,6 +568,11 @@ def test_the_weights_of_an_ensemble_are_optimistic_hedge_on_corrected_losses():
         assert torch.allclose(state.weights.point, weights, atol=1e-12)
         assert float(weights.sum()) == pytest.approx(1.0)
         assert torch.allclose(state.point, weights @ state.points, atol=1e-12)
+    for path in (0.0, 0.5, 30.0):
+        choosing = state.weights.entropic_regret_bound() + 1.4 * correction
+        tracking = (2.0 + 2.0 * path) / sizes + sizes * state.variation / 2
+        bound = state.regret_bound(step_sizes=sizes, diameter=2.0, smoothness=0.7, path_length=path)
+        assert float(bound) == pytest.approx(float((choosing + tracking).min()))
 
 
 def test_step_sizes_double_from_the_static_one_to_the_smoothest():

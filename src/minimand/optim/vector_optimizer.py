@@ -163,9 +163,10 @@ def _parts(vector: Tensor, weights: list[Tensor]) -> list[Tensor]:
 
 def _gradient(weights: list[Tensor]) -> Tensor | None:
     """Return the gradients as one vector, zero where a parameter has none, or None where no parameter has one."""
-    if all(weight.grad is None for weight in weights):
+    found = [weight.grad for weight in weights]
+    if all(one is None for one in found):
         return None
-    gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
-    if any(gradient.is_sparse for gradient in gradients):
+    gradients = [torch.zeros_like(weight) if one is None else one for weight, one in zip(weights, found, strict=True)]
+    if any(one.is_sparse for one in gradients):
         raise ValueError("gradients must be dense: the hint and the variation are those of the whole vector")
     return _join(gradients)
