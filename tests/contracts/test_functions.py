@@ -66,6 +66,13 @@ FIXED = {"diameter": 2.0, "grad_bound": 4.0, "smoothness": 1.0}
 
 # Name to a call on data to which ``x`` is added: 0.0, or NaN to see it refused.
 FUNCTIONS = {
+    "acyclicity": lambda x: constraints.acyclicity(vector(x).view(2, 2).square()),
+    "kkt_residual": lambda x: constraints.kkt_residual(vector(x).view(2, 2), torch.zeros(2, 2)),
+    "order_score": lambda x: constraints.order_score(torch.eye(2) + x, [1, 0]),
+    "prune_edges": lambda x: constraints.prune_edges(torch.eye(2) + x, torch.eye(2).roll(1, 1).triu(1), num_rows=9),
+    "reachability": lambda x: constraints.reachability(vector(x).view(2, 2)),
+    "swap_change": lambda x: constraints.swap_change(torch.eye(2) + x),
+    "topological_order": lambda x: constraints.topological_order(vector(x).view(2, 2).triu(1)),
     "augmented_lagrangian": lambda x: constraints.augmented_lagrangian(vector(x), vector(2.0)),
     "best_bag_size": lambda x: bounds.best_bag_size(20.0 + x, epsilon=2.0, clip=2.0),
     "best_rho": lambda x: bounds.best_rho(10.0 + x, bag_size=5),

@@ -26,9 +26,18 @@ def on_the_circle(max_iter, max_seconds):
     return solver.minimize(lambda x: x[0], lambda x: x.square().sum()[None] - 1, start, **settings)
 
 
+def waves():
+    """Columns that depend on one another in no order."""
+    mix = torch.linspace(0, 60, 64, dtype=torch.float64).sin().view(8, 8) + torch.eye(8, dtype=torch.float64)
+    return torch.randn(200, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ mix
+
+
 # Name to a call ``(max_iter, max_seconds) -> Stop`` on a problem that takes more than one iteration.
 SOLVERS = {
     "ExactALNewton": lambda max_iter, max_seconds: on_the_circle(max_iter, max_seconds).status,
+    "TopoSwap": lambda max_iter, max_seconds: (
+        constraints.TopoSwap(max_iter=max_iter, max_seconds=max_seconds).fit(waves(), order=list(range(8))).status
+    ),
     "LipschitzRegressor": lambda max_iter, max_seconds: (
         constraints.LipschitzRegressor(0.5, max_iter=max_iter, max_seconds=max_seconds).fit(*STEEP).result.status
     ),

@@ -2,6 +2,7 @@
 
 from ..numerics import orthogonalize
 from ..projections import Ball, Box, Projection, Simplex, project_ball, project_simplex
+from .acyclicity import acyclicity, reachability, topological_order
 from .constrain import constrain
 from .lipschitz_policy import (
     ClosedLoopBounds,
@@ -24,6 +25,7 @@ from .lipschitz_transformer import (
     lipschitz_bound,
 )
 from .multiplier import Multiplier, augmented_lagrangian
+from .node_scores import LeastSquaresScore, LogisticScore, MLPScore, NodeFits, NodeScore
 from .penalties import exact_penalty, log_barrier, quadratic_penalty
 from .sketch import SketchSolution, sketch_and_project
 from .sketched_newton import (
@@ -43,20 +45,27 @@ from .spectral import (
     rms_operator_norm,
     soft_cap_strength,
 )
+from .topo import DagResult, TopoSwap, kkt_residual, order_score, prune_edges, swap_change
 
 __all__ = [
     "Ball",
     "Box",
     "ClosedLoopBounds",
+    "DagResult",
     "ExactALNewton",
+    "LeastSquaresScore",
     "LipschitzBlock",
     "LipschitzBound",
     "LipschitzFit",
     "LipschitzGPT",
     "LipschitzRegressor",
+    "LogisticScore",
+    "MLPScore",
     "Multiplier",
     "NewtonResult",
     "NewtonStep",
+    "NodeFits",
+    "NodeScore",
     "Projection",
     "Simplex",
     "SingularConstraintError",
@@ -67,6 +76,8 @@ __all__ = [
     "SpectralSoftCap",
     "SpectralWeightDecay",
     "Stiefel",
+    "TopoSwap",
+    "acyclicity",
     "augmented_lagrangian",
     "certified_radius",
     "closed_loop_bounds",
@@ -75,18 +86,24 @@ __all__ = [
     "exact_penalty",
     "fill_distance",
     "fill_failure_probability",
+    "kkt_residual",
     "lipschitz_bound",
     "lipschitz_regression",
     "log_barrier",
     "mcshane_extension",
     "measurement_attack",
+    "order_score",
     "orthogonalize",
     "policy_error_bound",
     "project_ball",
     "project_simplex",
+    "prune_edges",
     "quadratic_penalty",
+    "reachability",
     "rms_operator_norm",
     "sketch_and_project",
     "slope_violation",
     "soft_cap_strength",
+    "swap_change",
+    "topological_order",
 ]
