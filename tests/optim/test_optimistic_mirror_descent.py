@@ -694,6 +694,16 @@ def test_a_half_precision_checkpoint_keeps_the_learner_in_full(name, tmp_path):
     assert fresh.regret_bound() == optimizer.regret_bound()
 
 
+def test_a_copied_optimizer_keeps_its_domain():
+    weights = [nn.Parameter(torch.zeros(3))]
+    twin = copy.deepcopy(MAKERS["convex"](weights))
+    twin.param_groups[0]["params"][0].grad = torch.full((3,), 100.0)
+    for _ in range(9):
+        twin.step()
+    assert float(twin.param_groups[0]["params"][0].detach().norm()) == pytest.approx(2.0)
+    assert torch.equal(weights[0], torch.zeros(3))
+
+
 def test_groups_are_learners_of_their_own_whose_regrets_add_up():
     together = weights_of()
     both = OptimisticMirrorDescent([{"params": [together[0]], "diameter": 1.0}, {"params": [together[1]]}], 3.0)

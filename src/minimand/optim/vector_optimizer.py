@@ -120,6 +120,9 @@ class VectorOptimizer(torch.optim.Optimizer, abc.ABC):
             if saved["params"][0] in state_dict["state"]:
                 self.state[first] = _copy(state_dict["state"][saved["params"][0]], first.device)
 
+    def __getstate__(self) -> dict[str, Any]:  # type: ignore[override]
+        return {**super().__getstate__(), "domain": self.domain}
+
     def _states(self) -> list[tuple[dict[str, Any], Any]]:
         played = [group for group in self.param_groups if self.state.get(group["params"][0])]
         return [(group, self._restore(group, self.state[group["params"][0]]["learner"])) for group in played]
