@@ -527,7 +527,7 @@ def survival_figure(study: Study, record: dict[str, Any]) -> list[dict[str, str]
 def _curves(time: Tensor, event: Tensor, high: Tensor) -> str:
     from matplotlib.ticker import MaxNLocator
 
-    left, top, width, height = 44, 12, 560, 260
+    left, top, width, height = 64, 12, 560, 260
     end = float(time.max()) or 1.0
 
     def x(value: float) -> float:
@@ -536,31 +536,36 @@ def _curves(time: Tensor, event: Tensor, high: Tensor) -> str:
     def y(value: float) -> float:
         return round(top + height * (1 - value), 1)
 
+    # Styles, not attributes: what the report's own style sheet says of paths and words would come before those.
+    def path(line: str, style: str) -> str:
+        return f'<path d="{line}" style="{style}"/>'
+
+    def words(across: float, down: float, what: str, *, anchor: str = "middle", colour: str = "--muted") -> str:
+        return f'<text x="{across}" y="{down}" style="text-anchor:{anchor};fill:var({colour})">{what}</text>'
+
     parts = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(f'<path d="M{left} {y(share)}h{width}" stroke="var(--line)"/>')
-        parts.append(f'<text x="{left - 8}" y="{y(share) + 4}" text-anchor="end">{share:.0%}</text>')
+        parts.append(path(f"M{left} {y(share)}h{width}", "stroke:var(--line)"))
+        parts.append(words(left - 10, y(share) + 4, f"{share:.0%}", anchor="end"))
     ticks = [float(tick) for tick in MaxNLocator(6).tick_values(0.0, end) if 0 <= tick <= end]
     below = top + height + 20
-    parts += [f'<text x="{x(tick)}" y="{below}" text-anchor="middle">{tick:g}</text>' for tick in ticks]
+    parts += [words(x(tick), below, f"{tick:g}") for tick in ticks]
+    parts.append(words(left - 20, below + 31, "at risk", anchor="end"))
     for row, (mine, colour, name) in enumerate(((high, "--bad", "higher risk"), (~high, "--good", "lower risk"))):
         curve = kaplan_meier(time[mine], event[mine])
-        steps = list(zip(curve.time.tolist(), curve.survival.tolist(), strict=True))
-        there = list(zip(curve.time.tolist(), curve.high.tolist(), strict=True))
-        back = list(zip(curve.time.tolist(), curve.low.tolist(), strict=True))
-        parts.append(f'<path d="{_steps(x, y, there)}{_back(x, y, back)}Z" fill="var({colour})" opacity="0.14"/>')
-        parts.append(f'<path d="{_steps(x, y, steps)}" fill="none" stroke="var({colour})" stroke-width="2"/>')
-        gone = set(time[mine & ~event].tolist())
-        marks = "".join(f"M{x(at)} {y(share) - 4}v8" for at, share in steps if at in gone)
-        parts.append(f'<path d="{marks}" stroke="var({colour})"/>')
-        below = top + height + 42 + 18 * row
-        parts.append(f'<text x="{left - 8}" y="{below}" text-anchor="end" fill="var({colour})">■</text>')
-        for tick in ticks:
-            still = int((time[mine] >= tick).sum())
-            parts.append(f'<text x="{x(tick)}" y="{below}" text-anchor="middle">{still}</text>')
-        parts.append(
-            f'<text x="{left + width}" y="{top + 16 + 18 * row}" text-anchor="end" fill="var({colour})">{name}</text>'
+        at = curve.time.tolist()
+        middle, upper, lower = (
+            list(zip(at, values.tolist(), strict=True)) for values in (curve.survival, curve.high, curve.low)
         )
+        band = f"{_steps(x, y, upper)}{_back(x, y, lower)}Z"
+        parts.append(path(band, f"fill:var({colour});stroke:none;opacity:0.14"))
+        parts.append(path(_steps(x, y, middle), f"stroke:var({colour});stroke-width:2"))
+        gone = set(time[mine & ~event].tolist())
+        marks = "".join(f"M{x(moment)} {y(share) - 4}v8" for moment, share in middle if moment in gone)
+        parts.append(path(marks, f"stroke:var({colour})"))
+        down = below + 22 + 18 * row
+        parts += [words(x(tick), down, str(int((time[mine] >= tick).sum())), colour=colour) for tick in ticks]
+        parts.append(words(left + width, top + 16 + 18 * row, name, anchor="end", colour=colour))
     label = "Kaplan-Meier curves of slides with higher and lower predicted risk; below, how many are still at risk"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 16} {top + height + 70}" role="img" '
