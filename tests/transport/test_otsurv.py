@@ -435,6 +435,17 @@ def test_training_by_cox_finds_the_bags_that_die_early():
     assert float(concordance_index(net.eval()(bags).detach(), time, event)) > 0.9
 
 
+@pytest.mark.parametrize("pool", POOLS)
+def test_half_precision_is_near_double(pool):
+    net, bags = model(POOLS[pool]()), torch.randn(2, 40, 5, dtype=torch.float64)
+    exact = net(bags).detach()
+    half = net.bfloat16()(bags.bfloat16())
+    half.sum().backward()
+    assert half.dtype == torch.bfloat16
+    assert float((half.detach().double() - exact).abs().max()) < 0.05
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+
+
 def test_it_moves_and_saves_like_any_module():
     net = model()
     other = model(OTPool(8, num_prototypes=4, eval_mass=0.4))

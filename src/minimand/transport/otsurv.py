@@ -306,7 +306,9 @@ class OTPool(InstancePool):
         return found.plan / share
 
     def _weights(self, instances: Tensor, mask: Tensor | None) -> Tensor:
-        return self._plan(instances, mask) @ self.mixing.weight[0]
+        # A product in half precision would lose small masses before they add up.
+        plan = self._plan(instances, mask)
+        return (plan @ self.mixing.weight[0].to(plan.dtype)).to(instances.dtype)
 
     @property
     def offset(self) -> Tensor:
