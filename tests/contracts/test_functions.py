@@ -61,6 +61,22 @@ def constrained(weight):
     return weight
 
 
+def exchanged(gradient):
+    """Send a gradient by the communication hook, in a group of one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = torch.nn.Linear(4, 1, bias=False).double()
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        state = optim.CompressionState(parallel, optim.EF21(optim.TopK(0.5)))
+        parallel.register_comm_hook(state, optim.compression_hook)
+        parallel(gradient[None]).sum().backward()
+        return model.weight.grad
+    except RuntimeError as error:  # the kind in which a future hands on whatever was raised within
+        raise ValueError(str(error)) from error
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 FIXED = {"diameter": 2.0, "grad_bound": 4.0, "smoothness": 1.0}
 
 
@@ -84,6 +100,10 @@ FUNCTIONS = {
     "constrain": lambda x: constrained(vector(x).view(2, 2)),
     "exact_augmented_lagrangian": lambda x: constraints.exact_augmented_lagrangian(
         lambda y: y.square().sum(), lambda y: y[:2], vector(x), vector(1.0, 2)
+    ),
+    "compression_hook": lambda x: exchanged(vector(x)),
+    "econtrol_step": lambda x: optim.econtrol_step(
+        optim.WorkerState(vector(0.0), vector(0.0)), vector(x), optim.TopK(k=2), eta=0.1
     ),
     "ensemble_step": lambda x: optim.ensemble_step(
         optim.EnsembleState.at(vector(0.0), learners=2), vector(x), step_sizes=torch.tensor([0.1, 0.2]), **FIXED
