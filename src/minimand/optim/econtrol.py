@@ -610,7 +610,7 @@ def compression_hook(state: CompressionState, bucket: dist.GradBucket):  # type:
         reduction = dist.all_reduce(reduced, group=group, async_op=True)
     gathering = dist.all_gather(received, sent, group=group, async_op=True)
 
-    def finish(future: torch.futures.Future) -> Tensor:
+    def finish(future: object) -> Tensor:
         if reduction is not None:
             reduction.wait()
         _use_on_this_stream(reduced, *received, *(tensor for draft in drafts for tensor in draft.tensors()))
