@@ -21,7 +21,7 @@ from minimand.transport.sparse_ot import _Columns, _water_level
 F64 = torch.float64
 TIGHT = {"tolerance": 1e-11, "max_iter": 5000}
 # Where k leaves ties, the dual has a kink at its maximum, which only a history as long as alpha reaches.
-TIED = {"tolerance": 1e-7, "max_iter": 2000, "history": 40}
+TIED = {"tolerance": 1e-7, "max_iter": 1000, "history": 40}
 
 
 def random(*shape, seed=0):
@@ -115,7 +115,7 @@ def test_the_value_falls_as_the_cap_rises_between_the_bounds_of_the_k_support_no
         value = float(sparse_ot(cost, a, b, k=k, regularization=gamma, **TIED).value)
         assert value <= unregularised + gamma / 2 * square + 1e-9
         # A column of mass b in k entries has the squared norm b^2 / k at least. At a kink the solver stays a bit below.
-        assert value >= unregularised + gamma / 2 * square / k - 1e-3 * unregularised
+        assert value >= unregularised + gamma / 2 * square / k - 2e-3 * unregularised
         values.append(value)
     assert all(later <= earlier + 1e-6 for earlier, later in itertools.pairwise(values))
 
@@ -342,6 +342,15 @@ def test_where_no_sparse_plan_has_the_marginals_the_residual_is_told_and_not_hid
         assert bool(one.converged) == (one.status is Stop.CONVERGED) == (one.row_residual <= 1e-5)
     assert found[0].row_residual > found[1].row_residual > found[2].row_residual > found[3].row_residual
     assert found[0].row_residual > 0.1
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), k=st.integers(1, 4), columns=st.sampled_from([4, 20]))
+def test_equal_entries_are_broken_alike_by_the_solver_and_by_the_plan_that_it_returns(seed, k, columns):
+    levels = torch.randint(0, 3, (3, 20, columns), generator=torch.Generator().manual_seed(seed)).double()
+    found = sparse_ot(levels, k=k, tolerance=1e-6, max_iter=100)
+    assert torch.equal(found.converged, found.row_residual <= 1e-6)
+    assert ((found.plan > 0).sum(1) <= k).all()
 
 
 def test_masses_of_zero_take_and_send_nothing():

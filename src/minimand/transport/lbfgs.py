@@ -114,16 +114,18 @@ def minimize_lbfgs(
             search.keep(~finished)
             finished = finished[~finished]
         iteration += 1
-        best.iterations[search.rows] += (~finished).long()
         search.advance(function)
-        done = ~finished & (search.gradients.abs().sum(1) <= search.limit)
-        stuck = ~finished & ~done & search.stuck()
+        # Finished problems may still be along, but what counts is where they finished.
+        rows = search.rows[~finished]
+        best.iterations[rows] += 1
         for target, source in (
             (best.points, search.points),
             (best.values, search.values),
             (best.gradients, search.gradients),
         ):
-            target[search.rows] = source
+            target[rows] = source[~finished]
+        done = ~finished & (search.gradients.abs().sum(1) <= search.limit)
+        stuck = ~finished & ~done & search.stuck()
         best.converged[search.rows] |= done
         best.stalled[search.rows] |= stuck
         finished = finished | done | stuck

@@ -137,8 +137,8 @@ def sparse_ot(
         >>> cost = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 1.0], [2.0, 1.0, 0.0]])
         >>> result = sparse_ot(cost, torch.tensor([0.5, 0.25, 0.25]), k=2)
         >>> result.plan
-        tensor([[0.3333, 0.1250, 0.0417],
-                [0.0000, 0.2083, 0.0417],
+        tensor([[0.3333, 0.1667, 0.0000],
+                [0.0000, 0.1667, 0.0833],
                 [0.0000, 0.0000, 0.2500]])
 
     Source:
@@ -268,11 +268,20 @@ class _Columns:
         fresh = False
         while True:
             entries = alpha.gather(1, self.index.flatten(1)).view_as(self.index) - self.listed
-            top, place = entries.topk(min(self.k, self.width), dim=2)
+            top, place = entries.topk(min(self.k + 1, self.width), dim=2)
+            if self.k < self.width:
+                # Where the cap cuts through equal entries the first rows get in, whatever the order of the list.
+                problem, column = (top[..., self.k - 1] == top[..., self.k]).nonzero(as_tuple=True)
+                if len(problem):
+                    by_row = self.index[problem, column].argsort(dim=1)
+                    entries = entries[problem, column].gather(1, by_row)
+                    order = entries.argsort(dim=1, descending=True, stable=True)[:, : top.shape[2]]
+                    place[problem, column] = by_row.gather(1, order)
+                top, place = top[..., : self.k], place[..., : self.k]
             level = level_of(top)
             # Entries below the level get nothing, so that those below it need not even be among the k largest.
             least = level if self.width < self.k else torch.maximum(level, top[..., -1])
-            stale = least < self.bound
+            stale = (least <= self.bound) & (self.bound > -math.inf)
             if not bool(stale.any()):
                 return top, self.index.gather(2, place), level
             if fresh:
@@ -531,9 +540,10 @@ class Routing:
         row_residual: How far the plan is from sending every token exactly once, as a share of the tokens.
 
     Example:
-        >>> routing = SparseOTRouter(2)(torch.tensor([[2.0, 0.0], [1.0, 0.0], [1.5, 0.0], [0.5, 0.0]]))
+        >>> router = SparseOTRouter(2, capacity_factor=1.5)
+        >>> routing = router(torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.5, 0.0], [0.0, 1.0]]))
         >>> routing.load, routing.unserved
-        (tensor([2, 2]), tensor(0.))
+        (tensor([3, 3]), tensor(0.))
 
     Source:
         Liu, Puigcerver and Blondel 2023, arXiv 2209.15466, section 5.
