@@ -3,14 +3,13 @@
 import itertools
 import math
 
+import lifelines
 import numpy as np
 import pytest
 import torch
+from sksurv import metrics as sksurv_metrics
 
 from minimand.survival import concordance_index, kaplan_meier, log_rank_test
-
-lifelines = pytest.importorskip("lifelines")
-sksurv_metrics = pytest.importorskip("sksurv.metrics")
 
 
 def sample(count=80, *, seed=0, ties=True):

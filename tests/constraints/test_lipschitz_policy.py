@@ -49,7 +49,8 @@ def test_no_pair_is_steeper_than_the_bound(controls, lipschitz):
 @pytest.mark.parametrize("controls", [1, 2])
 @pytest.mark.parametrize("lipschitz", [0.5, 3.0])
 def test_the_optimum_is_that_of_an_independent_conic_solver(controls, lipschitz):
-    cvxpy = pytest.importorskip("cvxpy")
+    import cvxpy
+
     x, u = demonstrations(14, controls=controls)
     v = cvxpy.Variable(u.shape)
     first, second = torch.triu_indices(len(x), len(x), 1)
@@ -185,7 +186,8 @@ def test_kirszbraun_the_finite_problem_loses_nothing_to_one_more_point():
     """At any new point there is a value within the bound of all others (two controls), as the theorem says."""
     x, u = demonstrations(12, controls=2)
     fit = lipschitz_regression(x, u, lipschitz=1.0)
-    cvxpy = pytest.importorskip("cvxpy")
+    import cvxpy
+
     for seed in range(3):
         query = 4 * torch.rand(2, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE) - 2
         reach = (query - x).norm(dim=1).numpy()

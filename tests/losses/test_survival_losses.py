@@ -49,8 +49,9 @@ def test_the_loss_is_the_definition(ties, tied):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_efrons_loss_is_lifelines_likelihood(tied):
-    lifelines = pytest.importorskip("lifelines")
-    pandas = pytest.importorskip("pandas")
+    import lifelines
+    import pandas
+
     x, time, event = sample(ties=tied)
     frame = pandas.DataFrame({"x": x.numpy(), "t": time.numpy(), "e": event.numpy()})
     fitted = lifelines.CoxPHFitter().fit(frame, "t", "e")
@@ -61,7 +62,8 @@ def test_efrons_loss_is_lifelines_likelihood(tied):
 
 @pytest.mark.parametrize("ties", ["breslow", "efron"])
 def test_the_gradient_is_zero_where_scikit_survivals_estimate_is(ties):
-    linear_model = pytest.importorskip("sksurv.linear_model")
+    from sksurv import linear_model
+
     x, time, event = sample(60, ties=True)
     outcome = np.array(list(zip(event.tolist(), time.tolist(), strict=True)), dtype=[("e", bool), ("t", float)])
     model = linear_model.CoxPHSurvivalAnalysis(ties=ties, tol=1e-12).fit(x.numpy()[:, None], outcome)
