@@ -462,6 +462,94 @@ def survival(
     )
 
 
+@compare.command()
+def graph(
+    data: Annotated[
+        str | None,
+        typer.Argument(help="CSV, TSV, Parquet or JSON lines, a column a node. Default: random linear models."),
+    ] = None,
+    drop: Annotated[list[str] | None, typer.Option("--drop", help="Columns to leave out; may be repeated.")] = None,
+    forbid: Annotated[
+        list[str] | None, typer.Option("--forbid", help="Edge FROM:TO that there is not; may be repeated.")
+    ] = None,
+    require: Annotated[
+        list[str] | None, typer.Option("--require", help="Edge FROM:TO that there is; may be repeated.")
+    ] = None,
+    tiers: Annotated[
+        str | None, typer.Option("--tiers", help='Earliest first: "a,b;c", or a file with a tier a line.')
+    ] = None,
+    truth: Annotated[str | None, typer.Option("--truth", help="Table of the true edges: from, to.")] = None,
+    score: Annotated[str, typer.Option("--score", help="least_squares, or logistic for zeros and ones.")] = (
+        "least_squares"
+    ),
+    standardize: Annotated[
+        bool, typer.Option("--standardize", help="Divide columns by their standard deviation.")
+    ] = False,
+    folds: Annotated[int, typer.Option("--folds", help="Folds of the cross-validation.")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", help="How often the folds are drawn anew.")] = 1,
+    contenders: Annotated[
+        str | None, typer.Option("--contenders", help="Names, separated by commas; default: all.")
+    ] = None,
+    engine: Engine = "local",
+    jobs: Jobs = None,
+    seed: Seed = 0,
+    store: StorePath = None,
+    as_json: Json = False,
+    out: Out = DEFAULT_OUT,
+) -> None:
+    """Which directed graph explains the columns of my table, and which way of learning it is best?"""
+    studies: list[Study] = []
+
+    def build() -> Study:
+        from .bench.graph import graph_study
+
+        names = None if contenders is None else [name.strip() for name in contenders.split(",") if name.strip()]
+        studies.append(
+            graph_study(
+                data, drop=drop or [], forbid=forbid or [], require=require or [], tiers=tiers, truth=truth,
+                score=score, standardize=standardize, folds=folds, repeats=repeats, contenders=names, seed=seed,
+            )
+        )  # fmt: skip
+        return studies[0]
+
+    def code(study: Study, winner: str) -> str:
+        from .bench.graph import winner_code
+
+        return winner_code(study, winner)
+
+    def figures(study: Study, record: dict[str, Any]) -> list[dict[str, str]]:
+        from .bench.graph import graph_figure
+
+        return graph_figure(study, record)
+
+    def more(record: dict[str, Any]) -> dict[str, Any]:
+        from .bench.graph import graph_summary
+
+        return graph_summary(studies[0], record)
+
+    record = _run(
+        build,
+        kind="compare",
+        problem="graph",
+        out=out,
+        engine=engine,
+        jobs=jobs,
+        store=store,
+        as_json=as_json,
+        code=code,
+        figures=figures,
+        more=more,
+    )
+    if not as_json:
+        from rich.console import Console
+
+        from .bench.graph import graph_lines
+
+        print()
+        for line in graph_lines(more(record)):
+            Console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def _run(
     build: Callable[[], Study],
     *,
