@@ -1,7 +1,7 @@
 """Sparsity-constrained transport against POT's, at objectives that are equal to 1e-6 or better, in the same run.
 
 Both are given squared distances of uniform points in the unit square. POT solves with its own defaults (a relative
-change of 1e-9). Ours stops at a thousandth of the mass misplaced, where its objective, which both maximise, is
+change of 1e-9). Ours stops at 0.05 % of the mass misplaced, where its objective, which both maximise, is
 checked to be no more than 1e-6 below POT's, relative to its size.
 """
 
@@ -43,7 +43,7 @@ def by_pot(cost, gamma):
 
 
 def by_minimand(cost, gamma):
-    return sparse_ot(cost, k=CAP, regularization=gamma, tolerance=1e-3)
+    return sparse_ot(cost, k=CAP, regularization=gamma, tolerance=5e-4)
 
 
 @pytest.mark.parametrize(("size", "gamma"), [(1000, 1.0), (1000, 10.0)])
@@ -53,9 +53,8 @@ def test_one_problem_of_a_thousand_points_is_solved_3_times_as_fast(record, size
     value = by_pot(cost, gamma)[1]
     assert float(by_minimand(tensor, gamma).value) >= value * (1 - 1e-6)
     ratio = paired_ratio(lambda: by_minimand(tensor, gamma), lambda: by_pot(cost, gamma), rounds=5, warmup=1)
-    record(
-        f"one {size} x {size} problem, gamma {gamma:g}, against POT", 1 / ratio.median, unit="x faster", target=">= 3"
-    )
+    name = f"one {size} x {size} problem, gamma {gamma:g}"
+    record(f"{name}, against POT", 1 / ratio.median, unit="x faster", target=">= 3")
     record(f"{name}, ours", ratio.ours_seconds, unit="s")
     assert ratio.median <= 1 / 3
 
