@@ -37,7 +37,9 @@ class _Leaderboard:
         unit = f" {view['unit']}" if view["unit"] else ""
         table = _table()
         table.add_column("#", justify="right", no_wrap=True)
-        table.add_column("contender", overflow="fold", min_width=8)
+        # Names may break between their words; only a word longer than this is cut.
+        longest = max((len(word) for row in view["rows"] for word in row["name"].split()), default=0)
+        table.add_column("contender", overflow="fold", min_width=min(max(longest, 8), 10))
         table.add_column(Text(f"{view['name']}{unit}"), justify="right")
         if wide:
             table.add_column("95 % interval", justify="right", no_wrap=True)
