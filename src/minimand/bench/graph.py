@@ -385,7 +385,7 @@ def graph_study(
         about = "a fresh model in every cell; 1,000 rows are learnt from, 500 held out"
     else:
         described = f"{pathlib.Path(path).name}, {len(rows):,} rows of {len(names)} columns"
-        about = f"{folds}-fold cross-validation, {repeats} times"
+        about = f"{folds}-fold cross-validation" + (f", drawn {repeats} times" if repeats > 1 else "")
     metrics = (*METRICS, SHD) if path is None or truth is not None else METRICS
     return Study(
         method="compare graph",
