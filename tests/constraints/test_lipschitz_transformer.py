@@ -267,12 +267,22 @@ class TestPlainNetworks:
             x = model.get_submodule(name)(x)
             assert x.square().mean(-1).sqrt().max() <= size * (1 + 1e-12)
 
+    def test_a_bias_adds_its_size_to_the_activations_and_nothing_to_the_slope(self):
+        layer = nn.Linear(4, 4).to(F64)
+        with torch.no_grad():
+            layer.weight.copy_(2 * torch.eye(4))
+            layer.bias.copy_(torch.tensor([6.0, 0.0, 0.0, 0.0]))
+        bound = lipschitz_bound(layer, input_norm=5.0)
+        assert bound.activation_norms["model"] == pytest.approx(2 * 5 + 3)
+        assert bound.value == pytest.approx(2)
+
     def test_one_linear_layer_is_its_norm_and_scales_with_it(self):
         layer = nn.Linear(3, 3, bias=False).to(F64)
         with torch.no_grad():
             layer.weight.copy_(torch.diag(torch.tensor([2.0, 1.0, 0.5])))
         assert lipschitz_bound(layer).value == pytest.approx(2, rel=1e-11)
-        assert lipschitz_bound(layer).value >= 2  # rounding is on the safe side
+        assert lipschitz_bound(layer).per_layer["model"] >= 2  # rounding is on the safe side
+        assert lipschitz_bound(layer).value >= 2
 
     def test_a_parametrized_layer_is_measured_as_it_is_used(self):
         layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6, bias=False)).to(F64).eval()

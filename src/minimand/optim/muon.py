@@ -29,7 +29,7 @@ from .. import checks
 from ..numerics import orthogonalize
 from ..projections import Projection
 
-_MOST_STACKED = 2**22  # entries; larger matrices keep a device busy one by one
+_MOST_STACKED = 2**18  # entries; larger matrices keep a device busy one by one
 _HALF_PRECISION_HEADROOM = 1.02  # rounding in bfloat16 lifts singular values above 1, by up to 0.01 in trials
 
 
@@ -127,9 +127,12 @@ class Muon(torch.optim.Optimizer):
             lr, decay = float(group["lr"]), float(group["weight_decay"])
             for weights in _alike(group["params"]):
                 directions = torch.stack([self._direction(weight, group).flatten(1) for weight in weights])
-                checks.finite(directions, "the gradient")
-                updates = self._orthogonal(directions, group["num_steps"])
+                checks.finite(directions.abs().amax(), "the gradient")
+                dtype = self.compute_dtype or directions.dtype
+                updates = orthogonalize(directions.to(dtype), num_steps=group["num_steps"])
                 size = lr * math.sqrt(updates.shape[1] / updates.shape[2])
+                if dtype in (torch.bfloat16, torch.float16):
+                    size /= _HALF_PRECISION_HEADROOM
                 for weight, update in zip(weights, updates, strict=True):
                     weight.mul_(1 - lr * decay).add_(update.view_as(weight), alpha=-size)
                     if self.projection is not None:
@@ -143,13 +146,6 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer: Tensor = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
         return gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-
-    def _orthogonal(self, directions: Tensor, num_steps: int) -> Tensor:
-        dtype = self.compute_dtype or directions.dtype
-        updates = orthogonalize(directions.to(dtype), num_steps=num_steps)
-        if dtype in (torch.bfloat16, torch.float16):
-            updates = updates / _HALF_PRECISION_HEADROOM
-        return updates.to(directions.dtype)
 
 
 def _alike(params: Iterable[Tensor]) -> Iterable[list[Tensor]]:

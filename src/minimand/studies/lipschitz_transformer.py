@@ -289,8 +289,8 @@ study = Study(
         "Layers are held within the cube root of the bound (digits), or within 1, head by head in attention, with "
         "logits times the bound (text). What hammer, decay and power iterations let through is divided out at the end, "
         "so that every model meets the bound by the certificate. Such a division leaves predictions alone: accuracy at "
-        "a bound is no measure of robustness, as the contenders that are scaled afterwards show. Attacks are 20 steps of "
-        "projected gradient ascent. The transformer has two blocks of width 32 and takes 150 steps; the paper's has 2 "
-        "million parameters and more, and none of its figures is reproduced. The text is that of the running Python."
+        "a bound is no measure of robustness, as the contenders that are scaled afterwards show. Attacks are 20 steps "
+        "of projected gradient ascent. The transformer has two blocks of width 32 and takes 150 steps; the paper's has "
+        "2 million parameters and more, and none of its figures is reproduced. The text is that of the running Python."
     ),
 )
