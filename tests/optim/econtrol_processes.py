@@ -46,15 +46,15 @@ DRAWN = {
 
 
 class Branches(nn.Module):
-    """Two layers, and one more that only some rounds use."""
+    """Two layers, and one more that rounds weigh, and leave out by None."""
 
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
         self.extra = nn.Linear(6, 3)
 
-    def forward(self, inputs, with_extra=True):
-        return self.body(inputs) + (self.extra(inputs) if with_extra else 0)
+    def forward(self, inputs, weight=1.0):
+        return self.body(inputs) + (0 if weight is None else weight * self.extra(inputs))
 
 
 def build(dtype=torch.float64):
@@ -69,18 +69,23 @@ def batch(worker, step):
     return inputs, torch.randn(3 + 4 * worker, 3, generator=rng, dtype=torch.float64) + worker
 
 
-def loss_of(model, worker, step, with_extra=True):
+def loss_of(model, worker, step, weight=1.0):
     inputs, target = batch(worker, step)
     inputs, target = (one.to(next(model.parameters()).dtype) for one in (inputs, target))
-    return (model(inputs, with_extra) - target).square().mean()
+    return (model(inputs, weight) - target).square().mean()
 
 
 def uses_extra(worker, step):
     """Nobody in rounds 2 and 3, one worker in rounds 4 and 5."""
-    return step not in (2, 3) and not (step in (4, 5) and worker == 0)
+    return None if step in (2, 3) or (step in (4, 5) and worker == 0) else 1.0
 
 
-def train(model, state, rank, steps, *, choose=lambda worker, step: True, **settings):
+def weighs_extra(worker, step):
+    """As above, but with a weight of zero, so that there is a gradient."""
+    return uses_extra(worker, step) or 0.0
+
+
+def train(model, state, rank, steps, *, choose=lambda worker, step: 1.0, **settings):
     # So small a cap leaves a bucket for nearly every parameter, other ones after the first round than in it.
     ddp = DistributedDataParallel(model, bucket_cap_mb=1e-5, **settings)
     ddp.register_comm_hook(state, compression_hook)
@@ -129,6 +134,9 @@ def run(rank, folder):
         find_unused_parameters=True,
     )
     found["unused"] = weights(model)
+    model = build()
+    train(model, CompressionState(model, METHODS["econtrol"]()), rank, range(ROUNDS), choose=weighs_extra)
+    found["weighed by zero"] = weights(model)
     found["synchronized"] = synchronized(rank)
     found["not finite"] = [not_finite(rank, step) for step in (0, 3)]
     found["errors"] = checkpoint_errors()

@@ -124,7 +124,7 @@ def test_a_compressor_commutes_with_positive_factors(name):
 
 
 @pytest.mark.parametrize("name", ["top-k", "top-k, rounded", "sign", "identity"])
-def test_a_batch_is_compressed_row_by_row_and_averaged(name):
+def test_a_batch_is_compressed_row_by_row_and_added_up(name):
     vectors, compressor = normal(3, 2, 13), COMPRESSORS[name]()
     message = compressor.compress(vectors)
     rows = torch.stack(
@@ -132,14 +132,14 @@ def test_a_batch_is_compressed_row_by_row_and_averaged(name):
     )
     assert torch.equal(compressor.decompress(message), rows)
     assert message.nbytes == 6 * compressor.compress(vectors[0, 0]).nbytes
-    assert torch.allclose(compressor.mean(compressor.compress(vectors[:, 0])), rows[:, 0].mean(0), rtol=1e-14)
+    assert torch.allclose(compressor.sum(compressor.compress(vectors[:, 0])), rows[:, 0].sum(0), rtol=1e-14)
 
 
 @pytest.mark.parametrize("name", ["rand-k", "low rank"])
-def test_a_drawing_compressor_averages_what_its_batch_says(name):
+def test_a_drawing_compressor_adds_up_what_its_batch_says(name):
     compressor = COMPRESSORS[name]()
     message = compressor.compress(normal(5, DIM))
-    assert torch.allclose(compressor.mean(message), compressor.decompress(message).mean(0), rtol=1e-12)
+    assert torch.allclose(compressor.sum(message), compressor.decompress(message).sum(0), rtol=1e-12)
 
 
 def test_no_k_entries_come_nearer_than_the_largest():
@@ -201,7 +201,8 @@ def test_the_error_of_signs_is_known_exactly():
 def test_signs_travel_eight_to_a_byte(dim):
     vector = normal(dim).float()
     message = SignMean().compress(vector)
-    packed = np.packbits((vector >= 0).numpy(), bitorder="little")
+    rows = torch.nn.functional.pad(vector >= 0, (0, -dim % 8)).view(8, -1)
+    packed = np.packbits(rows.numpy(), axis=0, bitorder="little")[0]
     assert torch.equal(message.payload[1], torch.from_numpy(packed))
     assert message.nbytes == 4 + math.ceil(dim / 8)
 
@@ -468,7 +469,7 @@ def test_a_fraction_above_what_is_kept_is_warned_of_once():
 # Workers of one process
 
 
-def simulate(make, *, choose=lambda worker, step: True, steps=range(processes.ROUNDS), saved=None):
+def simulate(make, *, choose=lambda worker, step: 1.0, steps=range(processes.ROUNDS), saved=None):
     model = processes.build()
     if saved is not None:
         model.load_state_dict(saved["model"])
@@ -545,7 +546,7 @@ def flat(parameters):
 def test_a_parameter_that_nobody_used_rests():
     model, workers = simulate(processes.METHODS["econtrol"], steps=range(3))
     before = {k: v.clone() for k, v in flat(workers.state_dict()["parameters"]) if k[0].startswith("extra")}
-    workers.backward([processes.loss_of(model, worker, 3, False) for worker in range(2)])
+    workers.backward([processes.loss_of(model, worker, 3, None) for worker in range(2)])
     assert model.extra.weight.grad is None
     assert all(torch.equal(v, dict(flat(workers.state_dict()["parameters"]))[k]) for k, v in before.items())
 
@@ -602,6 +603,12 @@ def test_unused_parameters_rest_on_processes_as_in_the_simulation(found):
     model, _ = simulate(processes.METHODS["econtrol"], choose=processes.uses_extra)
     assert torch.equal(found[0]["unused"], found[1]["unused"])
     assert torch.allclose(found[0]["unused"], processes.weights(model), rtol=0, atol=1e-12)
+
+
+def test_a_gradient_of_zero_on_all_workers_moves_nothing(found):
+    model, _ = simulate(processes.METHODS["econtrol"], choose=processes.weighs_extra)
+    assert torch.allclose(found[0]["weighed by zero"], processes.weights(model), rtol=0, atol=1e-12)
+    assert torch.equal(found[0]["weighed by zero"], found[0]["unused"])
 
 
 def test_a_bfloat16_model_keeps_its_memory_in_float32(found):

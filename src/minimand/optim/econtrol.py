@@ -101,10 +101,11 @@ def econtrol_step(
 
 def _econtrol(state: WorkerState, gradient: Tensor, compressor: Compressor, eta: float | Tensor) -> Encoding:
     memory, estimate = _need(state.memory), _need(state.estimate)
-    message = compressor.pack(eta * memory + (gradient - estimate))
+    owed = gradient - estimate
+    message = compressor.pack(owed.addcmul_(eta, memory) if isinstance(eta, Tensor) else owed.add_(memory, alpha=eta))
     change = compressor.decompress(message)
     estimate = estimate + change
-    return Encoding(message, change, WorkerState(memory + (gradient - estimate), estimate))
+    return Encoding(message, change, WorkerState((gradient - estimate).add_(memory), estimate))
 
 
 class GradientExchange(abc.ABC):
@@ -597,8 +598,8 @@ def compression_hook(state: CompressionState, bucket: dist.GradBucket):  # type:
     packed = [draft for draft in drafts if not draft.whole]
     whole = [draft for draft in drafts if draft.whole]
 
-    # The largest entry tells in one pass whether a gradient is finite and whether it is used at all.
-    peaks = torch.stack([torch.linalg.vector_norm(piece, torch.inf) for piece in pieces])
+    # The extremes tell in one pass whether a gradient is finite and whether it is used at all.
+    peaks = torch.stack([torch.stack(torch.aminmax(piece)) for piece in pieces]).abs().amax(1)
     status = (peaks > 0).byte() + 2 * peaks.isfinite().byte()
     sent = torch.cat([status, *(_bytes(tensor) for draft in packed for tensor in draft.sent.message.payload)])
     received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
@@ -617,12 +618,12 @@ def compression_hook(state: CompressionState, bucket: dist.GradBucket):  # type:
         all_status = torch.stack([one[: len(drafts)] for one in received])
         checks.require(all_status >= 2, functools.partial(_blame, drafts, all_status))
         used = (all_status % 2 == 1).any(0)
-        means = _decode(packed, received, len(drafts))
+        totals = _decode(packed, received, len(drafts))
         if reduced is not None:
             sizes = [draft.sent.change.numel() for draft in whole]
-            means |= dict(zip(whole, reduced.div_(len(received)).split(sizes), strict=True))
+            totals |= dict(zip(whole, reduced.split(sizes), strict=True))
         for draft, piece, flag in zip(drafts, pieces, used, strict=True):
-            piece.copy_(draft.complete(means[draft], flag))
+            draft.complete(totals[draft], flag, num_workers=len(received), out=piece)
         this_round.leave(drafts, at_once=buffer.is_cuda)
         return buffer
 
@@ -663,26 +664,35 @@ class _Draft:
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in self.sent.state if tensor is not None]
 
-    def complete(self, mean_change: Tensor, used: Tensor) -> Tensor:
-        """Return what to step along: zero for a parameter that rests."""
+    def complete(self, total_change: Tensor, used: Tensor, *, num_workers: int, out: Tensor) -> None:
+        """Write what to step along into ``out``, given the sum of changes and whether any rank used the parameter."""
         self.used = used
-        mean_change = mean_change * used
+        share = used.to(total_change.dtype) / num_workers
         if not self.slot.method.learns:
-            return mean_change
-        self.mean = mean_change if self.slot.mean is None else self.slot.mean + mean_change
-        return self.mean * used
+            torch.mul(total_change, share, out=out)
+            return
+        if self.slot.mean is None:
+            self.mean = total_change * share
+        else:
+            self.mean = torch.addcmul(self.slot.mean, total_change, share)
+        torch.mul(self.mean, used, out=out)
 
     def commit(self) -> None:
         """Take the round over, unless the parameter rests."""
-        # In place: what another stream may still read is then never given back to the allocator.
-        for old, new in zip(self.before, self.sent.state, strict=True):
-            if old is not None and new is not None:
-                torch.where(self.used, new, old, out=old)
-        self.slot.state = self.before
-        if self.slot.mean is not None:
-            self.slot.mean.copy_(self.mean)
-        elif self.slot.method.learns:
-            self.slot.mean = self.mean
+        slot, after = self.slot, self.sent.state
+        if self.used.is_cpu:
+            slot.state = after if self.used else self.before
+        else:
+            # In place: what another stream may still read is then never given back to the allocator.
+            for old, new in zip(self.before, after, strict=True):
+                if old is not None and new is not None:
+                    torch.where(self.used, new, old, out=old)
+            slot.state = self.before
+        if slot.method.learns:
+            if slot.mean is None or self.used.is_cpu:
+                slot.mean = self.mean
+            else:
+                slot.mean.copy_(self.mean)
 
 
 class _Round:
@@ -711,8 +721,8 @@ class _Round:
 
 
 def _decode(drafts: list[_Draft], received: list[Tensor], start: int) -> dict[_Draft, Tensor]:
-    """Average the changes that the bytes of all ranks hold, from ``start`` on."""
-    means = {}
+    """Add up the changes that the bytes of all ranks hold, from ``start`` on."""
+    totals = {}
     for draft in drafts:
         payload = []
         for sample in draft.sent.message.payload:
@@ -721,8 +731,8 @@ def _decode(drafts: list[_Draft], received: list[Tensor], start: int) -> dict[_D
             rows = torch.stack([one[start:stop] for one in received])
             payload.append(rows.view(sample.dtype).view(len(received), *sample.shape))
             start = stop
-        means[draft] = draft.compressor.mean(draft.sent.message._replace(payload=tuple(payload)))
-    return means
+        totals[draft] = draft.compressor.sum(draft.sent.message._replace(payload=tuple(payload)))
+    return totals
 
 
 def _bytes(tensor: Tensor) -> Tensor:
