@@ -34,7 +34,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import checks
-from .compressors import Compressor, Identity, Message, RandK, TopK
+from .compressors import Compressor, Identity, Message, RandK, TopK, check_finite
 
 Init = Literal["full", "zero"]
 
@@ -434,7 +434,7 @@ class CompressedDataParallel:
             gradient = torch.stack([torch.zeros_like(parameter) if one is None else one for one in given]).flatten(1)
             gradient = gradient.to(_wide(gradient.dtype))
             slot = self._slots[parameter]
-            checks.finite(gradient, f"gradient of {slot.name}")
+            check_finite(gradient, f"gradient of {slot.name}")
             if not bool(gradient.any()):
                 idle.append((parameter, torch.zeros_like(parameter)))
                 continue
@@ -837,4 +837,4 @@ def _check_round(state: WorkerState, gradient: Tensor) -> None:
             raise ValueError(
                 f"gradient must have the shape {tuple(value.shape)} of the state's {name}, got {tuple(gradient.shape)}"
             )
-    checks.finite(gradient, "gradient")
+    check_finite(gradient, "gradient")
