@@ -9,8 +9,8 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -42,7 +42,6 @@ METRICS = (
 )
 
 _FEWEST_ROWS = 20
-_TINY = 1e-8
 _LOGISTIC_L1 = 0.02
 
 
@@ -118,7 +117,7 @@ class LearnGraph:
     def __call__(self, data: GraphSplit, run: Run) -> Outcome:
         """Learn and measure one cell."""
         raw, weights, seconds = self.learn(data.train, run.stream("order"))
-        strengths = raw.abs() / raw.abs().max().clamp_min(_TINY)
+        strengths = raw.abs() / raw.abs().max().clamp_min(1e-300)
         closed, _ = self.prior.masks(len(weights))
         metrics = {
             "held-out score": held_out_score(data.train, data.test, weights, self.score),
@@ -137,16 +136,16 @@ class LearnGraph:
         size, start = rows.shape[1], time.perf_counter()
         raw, spent = torch.zeros(size, size, dtype=torch.float64), 0.0
         if self.learner is not None:
-            raw, spent = _learnt(self.learner, rows, self.score, self.prior)
+            kind = cast(graph_learners.Kind, self.score)
+            raw, spent = graph_learners.learnt(self.learner, rows, kind=kind, forbidden=self.prior.masks(size)[0])
             start = time.perf_counter()
-        kept = torch.where(raw.abs() > _TINY, raw, 0)
         if self.swaps:
             model: Any = LogisticScore(l1=_LOGISTIC_L1) if self.score == "logistic" else "least_squares"
             found = self.prior.solver(size, model, seed).fit(
-                rows, weights=None if self.learner is None else kept, break_cycles=self.learner is not None
+                rows, weights=None if self.learner is None else raw, break_cycles=self.learner is not None
             )
-            raw = kept = found.weights.double()
-        weights = acyclic_graph(rows, kept, self.score, self.prior)
+            raw = found.weights.double()
+        weights = acyclic_graph(rows, raw, self.score, self.prior)
         return raw, weights, spent + time.perf_counter() - start
 
 
@@ -571,26 +570,6 @@ def _contenders(score: str, prior: Prior) -> tuple[dict[str, LearnGraph], list[s
 
 def _plain_score(score: str) -> Any:
     return LogisticScore() if score == "logistic" else LeastSquaresScore()
-
-
-def _learnt(learner: str, rows: Tensor, score: str, prior: Prior) -> tuple[Tensor, float]:
-    return _remembered(learner, rows.double().numpy().tobytes(), rows.shape[1], score, prior)
-
-
-# TOPO goes on from what was just learnt instead of learning it again.
-@functools.lru_cache(maxsize=64)
-def _remembered(learner: str, content: bytes, size: int, score: str, prior: Prior) -> tuple[Tensor, float]:
-    rows = torch.frombuffer(bytearray(content), dtype=torch.float64).view(-1, size)
-    start = time.perf_counter()
-    closed, _ = prior.masks(size)
-    if learner == "sort-n-regress":
-        found = graph_learners.sort_and_regress(rows)
-    elif learner == "GES":
-        found = graph_learners.greedy_equivalence_search(rows)
-    else:
-        learn: Callable[..., Tensor] = graph_learners.notears if learner == "NOTEARS" else graph_learners.dagma
-        found = learn(rows, kind=score, forbidden=closed)
-    return found, time.perf_counter() - start
 
 
 @functools.lru_cache(maxsize=2)

@@ -111,7 +111,7 @@ def order_score(
     return _factor(covariance[places][:, places]).diagonal().square().sum() / 2
 
 
-def swap_change(factor: Float[Tensor, "nodes nodes"], *, blocks: int = 8) -> Float[Tensor, "nodes nodes"]:
+def swap_change(factor: Float[Tensor, "nodes nodes"], *, blocks: int | None = None) -> Float[Tensor, "nodes nodes"]:
     r"""Compute by how much every swap of two positions of an order changes its least-squares score.
 
     For positions a < b let :math:`G` be the Cholesky factor of the covariance of all after a, given all before it,
@@ -123,7 +123,8 @@ def swap_change(factor: Float[Tensor, "nodes nodes"], *, blocks: int = 8) -> Flo
 
     Args:
         factor: The lower Cholesky factor L of the covariance in the order.
-        blocks: Into how many parts the positions a are divided: memory is :math:`d^3` numbers over this.
+        blocks: Into how many parts the positions a are divided: memory is :math:`d^3` numbers over this. None: one for
+            every 16 nodes.
 
     Returns:
         At (a, b), a < b: the change by swapping positions a and b; negative is a gain. 0 elsewhere.
@@ -146,12 +147,12 @@ def swap_change(factor: Float[Tensor, "nodes nodes"], *, blocks: int = 8) -> Flo
     checks.not_empty(factor, "factor")
     checks.finite(factor, "factor")
     checks.require(factor.diagonal() > 0, lambda: "factor must have a diagonal above 0")
-    if blocks < 1:
+    if blocks is not None and blocks < 1:
         raise ValueError(f"blocks must be at least 1, got {blocks}")
     return _changes(factor, blocks)[0]
 
 
-def _changes(factor: Tensor, blocks: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+def _changes(factor: Tensor, blocks: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return changes at (a, b) by swapping, by moving a right behind b, and by moving b right before a."""
     size = len(factor)
     own = factor.diagonal().square()
@@ -160,7 +161,7 @@ def _changes(factor: Tensor, blocks: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     # Adding column after column from the last, since taking them off from the first would cancel.
     covariance = torch.zeros_like(factor)
     covariance[-1, -1] = own[-1]
-    length = -(-size // blocks)
+    length = -(-size // (blocks or 1 + size // 16))
     for start in reversed(range(0, size - 1, length)):
         stop = min(start + length, size - 1)
         columns = factor[start:, start:stop].T
