@@ -82,7 +82,7 @@ FIXED = {"diameter": 2.0, "grad_bound": 4.0, "smoothness": 1.0}
 
 # Name to a call on data to which ``x`` is added: 0.0, or NaN to see it refused.
 FUNCTIONS = {
-    "acyclicity": lambda x: constraints.acyclicity(vector(x).view(2, 2).square()),
+    "acyclicity": lambda x: constraints.acyclicity(vector(x).view(2, 2).square() / 4),
     "kkt_residual": lambda x: constraints.kkt_residual(vector(x).view(2, 2), torch.zeros(2, 2)),
     "order_score": lambda x: constraints.order_score(torch.eye(2) + x, [1, 0]),
     "prune_edges": lambda x: constraints.prune_edges(torch.eye(2) + x, torch.eye(2).roll(1, 1).triu(1), num_rows=9),
@@ -179,7 +179,8 @@ def exported():
         name
         for room in ROOMS
         for name in importlib.import_module(f"minimand.{room}").__all__
-        if inspect.isfunction(getattr(importlib.import_module(f"minimand.{room}"), name))
+        # A cached function is no function to inspect.
+        if inspect.isroutine(inspect.unwrap(getattr(importlib.import_module(f"minimand.{room}"), name)))
     ]
 
 
