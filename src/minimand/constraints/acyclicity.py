@@ -97,6 +97,9 @@ def reachability(weights: Shaped[Tensor, "nodes nodes"]) -> Bool[Tensor, "nodes 
         tensor([[0, 1, 1],
                 [0, 0, 1],
                 [0, 0, 0]], dtype=torch.int32)
+
+    Source:
+        Paths double in length by squaring: Fischer and Meyer, SWAT 1971.
     """
     size = _square(weights, "weights")
     checks.finite(weights, "weights")
@@ -124,6 +127,9 @@ def topological_order(weights: Shaped[Tensor, "nodes nodes"], *, break_cycles: b
     Example:
         >>> topological_order(torch.tensor([[0.0, 0.0], [1.5, 0.0]]))
         tensor([1, 0])
+
+    Source:
+        Kahn, Communications of the ACM 5, 1962.
     """
     _square(weights, "weights")
     checks.finite(weights, "weights")

@@ -145,6 +145,12 @@ class LogisticScore:
         num_iters: Most Newton steps.
         max_fits: Most fits a call.
 
+    Example:
+        >>> rows = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+        >>> fits = LogisticScore().fit(rows, torch.tensor([1]), torch.tensor([[True, False]]))
+        >>> fits.weights.float(), fits.state.abs().float().round(decimals=6)  # log odds of 2 to 1, and of 1 to 1
+        (tensor([[0.6931, 0.0000]]), tensor([[0.]]))
+
     Source:
         Deng et al. 2023, arXiv 2305.17277, the logistic score.
     """
@@ -258,6 +264,15 @@ class MLPScore:
         lr: Its first rate.
         seed: Draws the first weights, the same for a node whenever it is fitted anew.
         max_fits: Most networks trained together.
+
+    Example:
+        >>> x = torch.linspace(-2, 2, 50)
+        >>> rows = torch.stack([x, x.square()], 1)  # a line says nothing of the second by the first
+        >>> score = MLPScore(hidden=8, l1=0.0, l2=0.0)
+        >>> parents = torch.tensor([[False, False], [True, False]])
+        >>> values = score.fit(rows, torch.tensor([1, 1]), parents).values
+        >>> bool(values[1] < 0.2 * values[0])
+        True
 
     Source:
         Deng et al. 2023, arXiv 2305.17277, the neural score; the networks of Zheng et al. 2020, arXiv 1909.13189.
