@@ -163,7 +163,10 @@ def test_importing_minimand_loads_no_torch_and_costs_next_to_nothing():
     assert float(seconds) < 0.3
 
 
-@pytest.mark.parametrize("words", [["list"], ["show", "z-loss"], ["--help"], ["compare", "classify", "--help"], ["compare", "bounds", "--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [["list"], ["show", "z-loss"], ["--help"], ["compare", "classify", "--help"], ["compare", "bounds", "--help"]],
+)
 def test_what_needs_no_torch_answers_at_once(words):
     code = (
         "import sys, resource, runpy; sys.argv = ['minimand'] + " + repr(words) + "\n"

@@ -18,7 +18,7 @@ def weights(count, size):
 
 
 # torch's computes in bfloat16; in float32, our default, a step costs what a processor's float32 products cost. At 512
-# the products are nearly all of either step, and 1.2 lies within the spread of a shared machine: recorded, not asserted.
+# the products are nearly all of either step, and 1.2 lies within a shared machine's spread: recorded, not asserted.
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is in torch 2.9 and later")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("count", "size"), [(24, 32), (12, 128), (4, 512)])

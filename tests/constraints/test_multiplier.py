@@ -30,7 +30,9 @@ def test_the_term_of_an_inequality_is_rockafellars_formula(violation, multiplier
 @given(violation=NUMBER, multiplier=st.floats(0, 5), damping=st.floats(0, 10), equality=st.booleans())
 def test_its_slope_is_the_multiplier_after_a_step_of_size_damping(violation, multiplier, damping, equality):
     g = torch.tensor(violation, dtype=torch.float64, requires_grad=True)
-    augmented_lagrangian(g, torch.tensor(multiplier, dtype=torch.float64), damping=damping, equality=equality).backward()
+    augmented_lagrangian(
+        g, torch.tensor(multiplier, dtype=torch.float64), damping=damping, equality=equality
+    ).backward()
     moved = multiplier + damping * violation
     assert g.grad.item() == pytest.approx(moved if equality else max(moved, 0.0), abs=1e-9)
 
