@@ -425,3 +425,8 @@ class TestRefusals:
         block = LipschitzBlock(4, 2, num_blocks=1)
         with pytest.raises(ValueError, match=r"shape \(\*, tokens, 4\), got \(2, 3, 5\)"):
             block(torch.ones(2, 3, 5))
+        model = LipschitzGPT(5, 4, num_blocks=1, num_heads=2)
+        with pytest.raises(ValueError, match=r"tokens must lie in \[0, 4\], got values from 1 to 5"):
+            model(torch.tensor([[1, 5]]))
+        with pytest.raises(TypeError, match="integer dtype"):
+            model(torch.ones(1, 2))

@@ -189,7 +189,22 @@ class LipschitzGPT(nn.Module):
             self.embedding.weight /= self.embedding.weight.square().mean(1, keepdim=True).sqrt()
 
     def forward(self, tokens: Int[Tensor, "*batch tokens"]) -> Float[Tensor, "*batch tokens vocabulary"]:
-        """Return the logits of every next token."""
+        """Return the logits of every next token.
+
+        Raises:
+            TypeError: If the tokens are no integers.
+            ValueError: If one is not in the vocabulary.
+        """
+        checks.tensor(tokens, "tokens")
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise TypeError(f"tokens must have an integer dtype, got {tokens.dtype}")
+        checks.require(
+            (tokens >= 0) & (tokens < self.embedding.num_embeddings),
+            lambda: (
+                f"tokens must lie in [0, {self.embedding.num_embeddings - 1}], "
+                f"got values from {int(tokens.min())} to {int(tokens.max())}"
+            ),
+        )
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
