@@ -64,6 +64,14 @@ def test_every_learner_finds_a_chain_or_its_equivalents(learner):
         assert wrong_edges(found, weights != 0) == 0
 
 
+def test_dagma_gives_the_same_weights_however_often_it_was_called():
+    """The package keeps what it learnt of one call's domain for the next, unless it is given its levels anew."""
+    rows, _ = random_linear_model(8, 300, 0, edges=3)
+    first = dagma(rows)
+    dagma(1e3 * random_linear_model(8, 300, 1, edges=3)[0])
+    assert torch.equal(first, dagma(rows))
+
+
 @pytest.mark.parametrize("kind", ["least_squares", "logistic"])
 def test_notears_ends_at_no_cycle_and_keeps_off_forbidden_edges(kind):
     rows = chain()[0] if kind == "least_squares" else (chain()[0] > 0).double()

@@ -26,7 +26,7 @@ def learnt(
 ) -> tuple[Tensor, float]:
     """Run a learner by name, and tell the seconds it took.
 
-    The last 64 are remembered, so that a search which goes on from a learner's graph does not learn it again.
+    The last 256 are remembered, so that a search which goes on from a learner's graph does not learn it again.
 
     Args:
         learner: ``"sort-n-regress"``, ``"NOTEARS"``, ``"DAGMA"`` or ``"GES"``.
@@ -42,7 +42,7 @@ def learnt(
     return _remembered(learner, rows.double().numpy().tobytes(), kind, closed.numpy().tobytes(), size)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _remembered(learner: str, content: bytes, kind: Kind, forbidden: bytes, size: int) -> tuple[Tensor, float]:
     rows = torch.frombuffer(bytearray(content), dtype=torch.float64).view(-1, size)
     closed = torch.frombuffer(bytearray(forbidden), dtype=torch.bool).view(size, size)
@@ -164,8 +164,12 @@ def dagma(data: Tensor, *, kind: Kind = "least_squares", l1: float = 0.02, forbi
         raise ValueError("DAGMA needs the package dagma: pip install 'minimand[graph]'") from None
     closed = () if forbidden is None else tuple((int(i), int(j)) for i, j in forbidden.nonzero().tolist())
     model = DagmaLinear(loss_type="l2" if kind == "least_squares" else "logistic", verbose=False)
+    # Its own levels, as a list of our own: it writes to the default one, and later calls start from what it wrote.
+    levels = [1.0, 0.9, 0.8, 0.7, 0.6]
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        found = model.fit(data.double().numpy().copy(), lambda1=l1, w_threshold=0.0, exclude_edges=closed or None)
+        found = model.fit(
+            data.double().numpy().copy(), lambda1=l1, w_threshold=0.0, s=levels, exclude_edges=closed or None
+        )
     return torch.from_numpy(np.asarray(found))
 
 
