@@ -520,7 +520,7 @@ def graph_summary(study: Study, record: dict[str, Any]) -> dict[str, Any]:
 def graph_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return the lines that a terminal shows of a graph: its edges, strongest first, and how good it is."""
     graph = summary["graph"]
-    lines = [f"The graph that {graph['contender']} finds on all rows:"]
+    lines = [f"The graph that {graph['contender']} finds on all rows, effects in standard deviations:"]
     wide = max((len(f"{edge['from']} -> {edge['to']}") for edge in graph["edges"]), default=0)
     for edge in graph["edges"]:
         share = "" if edge["share"] is None else f"   in {edge['share']:.0%} of folds"
