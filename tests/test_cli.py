@@ -100,7 +100,7 @@ def test_tuning_runs_the_asked_number_of_trials(data):
         (["compare", "bounds", "absent"], "DATA is needed"),
         (["compare", "bounds", "--delta", "2"], "--delta must lie between 0 and 1"),
         (["reproduce", "aldr"], "did you mean aldr-kl"),
-        (["reproduce", "topo"], "has no study yet"),
+        (["reproduce", "neur2ro"], "has no study yet"),
         (["show", "nothing"], "there is no method"),
         (["list", "--room", "kitchen"], "rooms are"),
     ],

@@ -219,9 +219,9 @@ def test_a_public_part_says_what_it_does_shows_it_and_names_its_source(room, nam
     part = getattr(importlib.import_module(f"minimand.{room}"), name)
     text = inspect.getdoc(part) or ""
     assert len(text.splitlines()[0]) > 20
-    result = inspect.isclass(part) and (issubclass(part, tuple) or dataclasses.is_dataclass(part))
+    result = inspect.isclass(part) and (issubclass(part, (tuple, Exception)) or dataclasses.is_dataclass(part))
     if result or getattr(part, "_is_protocol", False):
-        return  # a result or a protocol shows itself where it is used
+        return  # a result, an error or a protocol shows itself where it is used
     assert "Example:" in text
     assert "Source:" in text or name == "Mean"
     parameters = [p for p in inspect.signature(part).parameters.values() if p.name not in ("self", "args", "kwargs")]
