@@ -1,5 +1,6 @@
 """A projection gives the nearest point: the obtuse angle says so, and so does an independent solver."""
 
+import cvxpy
 import numpy as np
 import pytest
 import torch
@@ -40,7 +41,6 @@ def test_the_simplex_is_met_exactly(point, total):
 
 
 def test_the_simplex_agrees_with_a_quadratic_program():
-    cvxpy = pytest.importorskip("cvxpy")
     rng = np.random.default_rng(0)
     for _ in range(5):
         v = rng.normal(size=6)

@@ -3,6 +3,7 @@
 import time
 import warnings
 
+import ot
 import pytest
 import torch
 
@@ -48,7 +49,6 @@ def test_pooling_a_slide_takes_under_fifty_milliseconds(record, mass):
 
 def test_the_transport_takes_at_most_half_of_pots_time(record):
     """The same problem as POT can pose it, all mass; gradients of both reach the cost."""
-    ot = pytest.importorskip("ot")
     torch.manual_seed(0)
     with torch.no_grad():
         cost = OTPool(256, num_prototypes=PROTOTYPES)._cost(tiles(256), None)[0]

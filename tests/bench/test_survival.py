@@ -4,6 +4,7 @@ import builtins
 import json
 import pathlib
 
+import h5py
 import numpy as np
 import polars as pl
 import pytest
@@ -41,7 +42,6 @@ def write(path, features):
     elif path.suffix == ".safetensors":
         save_file({"features": torch.from_numpy(features)}, path)
     else:
-        h5py = pytest.importorskip("h5py")
         with h5py.File(path, "w") as stored:
             stored["features"], stored["coords"] = features[None], np.zeros((len(features), 2))
 
@@ -124,7 +124,6 @@ def broken(**arrays):
     ],
 )
 def test_files_that_cannot_be_used_are_told_in_one_sentence(slides, spoil, message):
-    pytest.importorskip("h5py")
     spoil(slides / "features" / "s0.npz")
     with pytest.raises(ValueError, match=message) as error:
         read(slides)
