@@ -15,6 +15,7 @@ hook = install_import_hook(
         "minimand.bounds",
         "minimand.constraints",
         "minimand.optim",
+        "minimand.preferences",
         "minimand.projections",
         "minimand.transport",
         "minimand.numerics",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _ROOMS = (
-    *("bench", "bounds", "constraints", "losses", "optim", "report"),
+    *("bench", "bounds", "constraints", "losses", "optim", "preferences", "report"),
     *("risks", "scores", "studies", "survival", "training", "transport"),
 )
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         constraints,
         losses,
         optim,
+        preferences,
         report,
         risks,
         scores,

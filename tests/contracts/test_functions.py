@@ -6,9 +6,9 @@ import inspect
 import pytest
 import torch
 
-from minimand import bounds, constraints, optim, transport
+from minimand import bounds, constraints, optim, preferences, transport
 
-ROOMS = ("constraints", "transport", "optim", "bounds")
+ROOMS = ("constraints", "transport", "optim", "bounds", "preferences")
 
 
 def finite(value):
@@ -128,6 +128,15 @@ FUNCTIONS = {
         radius=0.1,
         value=lambda state: state[:, 0],
     ),
+    "clipped_policy_loss": lambda x: preferences.clipped_policy_loss(vector(x), vector(0.0), vector(0.5)),
+    "clipped_value_loss": lambda x: preferences.clipped_value_loss(vector(x), vector(0.0), vector(0.5)),
+    "dpo_loss": lambda x: preferences.dpo_loss(vector(x), vector(0.1), vector(0.0), vector(0.2)),
+    "generalized_advantages": lambda x: preferences.generalized_advantages(vector(x), vector(0.0)),
+    "kl_estimate": lambda x: preferences.kl_estimate(vector(x), vector(0.0)),
+    "sequence_log_probability": lambda x: preferences.sequence_log_probability(
+        (ROWS + x)[None], torch.tensor([[0, 1]]), torch.tensor([[True, True]])
+    ),
+    "token_log_probabilities": lambda x: preferences.token_log_probabilities(ROWS + x, torch.tensor([0, 1])),
     "minimizability_gap": lambda x: bounds.minimizability_gap(vector(x).softmax(-1)[None], ROWS[:, None], tau=1.0),
     "noise_tolerance": lambda x: bounds.noise_tolerance(*classification(x), generator=torch.Generator().manual_seed(0)),
     "pac_bayes_bound": lambda x: vars(bounds.pac_bayes_bound(*classification(x))),

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import minimand
-from minimand import constraints, losses, risks, transport
+from minimand import constraints, losses, preferences, risks, transport
 
-ROOMS = ("losses", "risks", "constraints", "transport", "optim", "bounds")
+ROOMS = ("losses", "risks", "constraints", "transport", "optim", "bounds", "preferences")
 PARTS = [
     (room, name)
     for room in ROOMS
@@ -151,7 +151,7 @@ NAMES = [
     for room, name in PARTS
     if inspect.isclass(part := getattr(importlib.import_module(f"minimand.{room}"), name))
     and issubclass(part, nn.Module)
-    and not issubclass(part, (losses.Loss, risks.Risk))
+    and not issubclass(part, (losses.Loss, risks.Risk, preferences.PairLoss))
 ]
 
 
