@@ -31,6 +31,8 @@ def vector(x, size=4):
 
 
 ROWS = torch.stack([vector(0.0), -vector(0.0)])
+EVEN = torch.full((4,), 0.25, dtype=torch.float64)
+LENGTHS = {"chosen_lengths": torch.tensor([1, 2, 3, 4]), "rejected_lengths": torch.tensor([4, 3, 2, 1])}
 
 
 def regression(x):
@@ -128,9 +130,37 @@ FUNCTIONS = {
         radius=0.1,
         value=lambda state: state[:, 0],
     ),
+    "aggregate_rewards": lambda x: preferences.aggregate_rewards(ROWS + x, method="uncertainty-weighted"),
+    "best_of_n": lambda x: preferences.best_of_n(ROWS + x, 2),
+    "best_of_n_curve": lambda x: preferences.best_of_n_curve(ROWS + x, ROWS, [1, 4]),
+    "best_of_n_kl": lambda x: preferences.best_of_n_kl(4 if x == 0 else x),
+    "best_of_n_weights": lambda x: preferences.best_of_n_weights(9, 4 if x == 0 else x),
+    "expected_best_of_n": lambda x: preferences.expected_best_of_n(ROWS + x, ROWS, 2),
+    "fit_reward_heads": lambda x: preferences.fit_reward_heads(
+        preferences.RewardHeads(4, hidden=()), ROWS + x, ROWS.flip(0), epochs=2
+    ),
+    "pairwise_reward_loss": lambda x: preferences.pairwise_reward_loss(vector(x), vector(0.5)),
     "clipped_policy_loss": lambda x: preferences.clipped_policy_loss(vector(x), vector(0.0), vector(0.5)),
     "clipped_value_loss": lambda x: preferences.clipped_value_loss(vector(x), vector(0.0), vector(0.5)),
+    "adversarial_value": lambda x: preferences.adversarial_value(vector(x), vector(0.0).softmax(-1), EVEN),
+    "coverage_coefficient": lambda x: preferences.coverage_coefficient(
+        ROWS + x, vector(x).square(), vector(0.0).softmax(-1), EVEN, torch.full((4, 4), 1 / 16, dtype=torch.float64)
+    ),
     "dpo_loss": lambda x: preferences.dpo_loss(vector(x), vector(0.1), vector(0.0), vector(0.2)),
+    "cpo_loss": lambda x: preferences.cpo_loss(vector(x - 2), vector(-2.0)),
+    "dpop_loss": lambda x: preferences.dpop_loss(vector(x), vector(0.1), vector(0.0), vector(0.2)),
+    "hinge_loss": lambda x: preferences.hinge_loss(vector(x), vector(0.1), vector(0.0), vector(0.2)),
+    "ipo_loss": lambda x: preferences.ipo_loss(vector(x), vector(0.1), vector(0.0), vector(0.2)),
+    "kto_baseline": lambda x: preferences.kto_baseline(vector(x), vector(0.1)),
+    "kto_loss": lambda x: preferences.kto_loss(vector(x), vector(0.1), vector(0.0), vector(0.2)),
+    "orpo_loss": lambda x: preferences.orpo_loss(vector(x - 2), vector(-2.0), **LENGTHS),
+    "rdpo_loss": lambda x: preferences.rdpo_loss(vector(x), vector(0.1), vector(0.0), vector(0.2), **LENGTHS),
+    "rpo_loss": lambda x: preferences.rpo_loss(vector(x), vector(0.1), vector(0.0), vector(0.2)),
+    "rrhf_loss": lambda x: preferences.rrhf_loss(vector(x - 2), vector(-2.0), **LENGTHS),
+    "sft_loss": lambda x: preferences.sft_loss(vector(x)),
+    "simpo_loss": lambda x: preferences.simpo_loss(vector(x - 2), vector(-2.0), **LENGTHS),
+    "slic_loss": lambda x: preferences.slic_loss(vector(x - 2), vector(-2.0)),
+    "sppo_loss": lambda x: preferences.sppo_loss(vector(x), vector(0.1), vector(0.0), vector(0.2)),
     "generalized_advantages": lambda x: preferences.generalized_advantages(vector(x), vector(0.0)),
     "kl_estimate": lambda x: preferences.kl_estimate(vector(x), vector(0.0)),
     "sequence_log_probability": lambda x: preferences.sequence_log_probability(

@@ -141,7 +141,8 @@ class PairLoss(nn.Module, ABC):
     """
 
     needs_reference: ClassVar[bool] = True
-    needs_lengths: ClassVar[bool] = False
+    # No ClassVar: whether lengths are needed may depend on a setting of the object.
+    needs_lengths: bool = False
 
     def __init__(self, *, reduction: Reduction = "mean") -> None:
         super().__init__()
