@@ -52,6 +52,19 @@ def classification(x, weight=False):
     return model, ROWS + x, torch.tensor([0, 1])
 
 
+PAIRS = [preferences.TokenPair((1, 2), (3,), (4, 5))]
+
+
+def language_model(x):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    size = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2)).eval()
+    model.lm_head.weight.data += x
+    return model
+
+
 def whole(matrix):
     """Integers where there are only such: a float tensor is refused by its dtype."""
     return matrix.long() if torch.isfinite(matrix).all() else matrix
@@ -163,6 +176,17 @@ FUNCTIONS = {
     "sppo_loss": lambda x: preferences.sppo_loss(vector(x), vector(0.1), vector(0.0), vector(0.2)),
     "generalized_advantages": lambda x: preferences.generalized_advantages(vector(x), vector(0.0)),
     "kl_estimate": lambda x: preferences.kl_estimate(vector(x), vector(0.0)),
+    "log_probabilities_from_states": lambda x: preferences.log_probabilities_from_states(
+        preferences.FrozenTrunk(language_model(x), last=1).top(), PAIRS, [torch.ones(5, 8) + x]
+    ),
+    "pair_log_probabilities": lambda x: preferences.pair_log_probabilities(
+        language_model(x), preferences.collate_pairs(PAIRS)
+    ),
+    "shares_prompt": lambda x: preferences.shares_prompt(language_model(x), PAIRS[0]),
+    "with_reference": lambda x: preferences.with_reference(
+        preferences.pair_log_probabilities(language_model(0.0), preferences.collate_pairs(PAIRS)),
+        [(torch.tensor([-1.0 + x]), torch.tensor([-1.0, -2.0]))],
+    ),
     "sequence_log_probability": lambda x: preferences.sequence_log_probability(
         (ROWS + x)[None], torch.tensor([[0, 1]]), torch.tensor([[True, True]])
     ),
@@ -223,8 +247,12 @@ def exported():
     ]
 
 
+# These read files, tokens and models, no numbers that could be NaN.
+READERS = {"collate_pairs", "load_language_model", "read_pairs", "tokenize_pairs", "train_only"}
+
+
 def test_every_function_has_a_row():
-    assert set(exported()) == set(FUNCTIONS)
+    assert set(exported()) - READERS == set(FUNCTIONS)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -10,6 +10,7 @@ import pathlib
 import sqlite3
 from collections.abc import Iterator, Sequence
 
+from ..caching import user_cache
 from .study import Outcome
 
 _SCHEMA = """
@@ -65,8 +66,7 @@ def default_path() -> pathlib.Path:
     """Return where the store lies unless told otherwise: ``$MINIMAND_STORE`` or the user's cache folder."""
     if "MINIMAND_STORE" in os.environ:
         return pathlib.Path(os.environ["MINIMAND_STORE"])
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    return cache / "minimand" / "store.sqlite"
+    return user_cache() / "store.sqlite"
 
 
 class Store:

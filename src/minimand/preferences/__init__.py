@@ -1,5 +1,13 @@
 """Learning from comparisons: objectives on pairs of answers, rewards that are uncertain, and what goes wrong."""
 
+from .best_of_n import (
+    BestOfNCurve,
+    best_of_n,
+    best_of_n_curve,
+    best_of_n_kl,
+    best_of_n_weights,
+    expected_best_of_n,
+)
 from .ctrl_u import (
     CtrlUReward,
     RewardTerms,
@@ -9,14 +17,6 @@ from .ctrl_u import (
     paired_timesteps,
     uncertainty_kl,
     uncertainty_weighted_loss,
-)
-from .best_of_n import (
-    BestOfNCurve,
-    best_of_n,
-    best_of_n_curve,
-    best_of_n_kl,
-    best_of_n_weights,
-    expected_best_of_n,
 )
 from .frozen_trunk import FrozenTrunk, log_probabilities_from_states
 from .language_models import load_language_model, train_only
