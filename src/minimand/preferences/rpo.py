@@ -322,7 +322,6 @@ def coverage_coefficient(
     # Rewards that differ by a constant must be told from those that do not: below this a difference is rounding.
     size = rewards.flatten(1).abs().amax(1) + true_reward.abs().amax()
     rounding = 8 * torch.finfo(errors.dtype).eps * size
-    errors = errors - errors.mean(-1, keepdim=True)
     differences = errors[..., :, None] - errors[..., None, :]
     squares = (pairs * differences.square()).reshape(len(rewards), -1).sum(1)
     deviations = torch.where(squares.sqrt() > rounding, squares.sqrt(), torch.zeros_like(squares))
