@@ -116,7 +116,13 @@ def language_model(part, dtype):
     return part(torch.tensor([[0, 1, 2], [3, 4, 0]])).square().mean(), part.embedding.weight
 
 
+def demonstrated(part, dtype):
+    logp = scores(dtype).log_softmax(-1).requires_grad_()
+    return part(logp, scores(dtype).flip(0).log_softmax(-1)), logp
+
+
 MODULES = {
+    "ImplicitRewardSFTLoss": (lambda: preferences.ImplicitRewardSFTLoss(value="learned"), demonstrated),
     "AttentionPool": (lambda: transport.AttentionPool(3, hidden=4), pooled),
     "CoxPHLoss": (losses.CoxPHLoss, survival),
     "DiscreteHazardLoss": (losses.DiscreteHazardLoss, hazards),

@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 
-from minimand import bounds, constraints, transport
+from minimand import bounds, constraints, preferences, transport
 from minimand.stopping import Stop
 
 STEEP = torch.linspace(0, 1, 8)[:, None], torch.linspace(0, 3, 8)[:, None].square()
@@ -34,6 +34,14 @@ def waves():
 
 # Name to a call ``(max_iter, max_seconds) -> Stop`` on a problem that takes more than one iteration.
 SOLVERS = {
+    "f_matching_dual": lambda max_iter, max_seconds: (
+        preferences.f_matching_dual(
+            torch.tensor([0.7, 0.2, 0.1]),
+            torch.tensor([0.1, 0.2, 0.7]),
+            max_iter=max_iter,
+            max_seconds=max_seconds,
+        ).status
+    ),
     "ExactALNewton": lambda max_iter, max_seconds: on_the_circle(max_iter, max_seconds).status,
     "TopoSwap": lambda max_iter, max_seconds: (
         constraints.TopoSwap(max_iter=max_iter, max_seconds=max_seconds).fit(waves(), order=list(range(8))).status
@@ -67,7 +75,7 @@ SOLVERS = {
 
 def exported():
     found = set()
-    for room in ("losses", "risks", "constraints", "transport", "optim", "bounds"):
+    for room in ("losses", "risks", "constraints", "transport", "optim", "bounds", "preferences"):
         module = importlib.import_module(f"minimand.{room}")
         for name in module.__all__:
             part = getattr(module, name)

@@ -18,7 +18,16 @@ from .ctrl_u import (
     uncertainty_kl,
     uncertainty_weighted_loss,
 )
+from .f_matching import FMatching, f_matching_dual
 from .frozen_trunk import FrozenTrunk, log_probabilities_from_states
+from .implicit_reward import (
+    ImplicitRewardSFTLoss,
+    SoftValues,
+    demonstration_weights,
+    implicit_reward,
+    implicit_reward_sft_loss,
+    logits_as_q,
+)
 from .language_models import load_language_model, train_only
 from .log_probabilities import sequence_log_probability, token_log_probabilities
 from .margin_losses import (
@@ -77,9 +86,11 @@ __all__ = [
     "CtrlUReward",
     "DPOLoss",
     "DPOPLoss",
+    "FMatching",
     "FrozenTrunk",
     "HingeLoss",
     "IPOLoss",
+    "ImplicitRewardSFTLoss",
     "KTOLoss",
     "ORPOLoss",
     "PairBatch",
@@ -98,6 +109,7 @@ __all__ = [
     "SLiCLoss",
     "SPPOLoss",
     "SimPOLoss",
+    "SoftValues",
     "TokenPair",
     "TokenizedPairs",
     "UncertaintyTerms",
@@ -113,18 +125,23 @@ __all__ = [
     "collate_pairs",
     "coverage_coefficient",
     "cpo_loss",
+    "demonstration_weights",
     "dpo_loss",
     "dpop_loss",
     "expected_best_of_n",
+    "f_matching_dual",
     "fit_reward_heads",
     "generalized_advantages",
     "hinge_loss",
+    "implicit_reward",
+    "implicit_reward_sft_loss",
     "ipo_loss",
     "kl_estimate",
     "kto_baseline",
     "kto_loss",
     "load_language_model",
     "log_probabilities_from_states",
+    "logits_as_q",
     "one_step_x0",
     "orpo_loss",
     "pair_log_probabilities",
