@@ -65,6 +65,12 @@ def language_model(x):
     return model
 
 
+def two_answers(x):
+    """Log-probabilities of two pairs of answers under a policy of four weights, and these."""
+    weight = (vector(0.0) + x).requires_grad_()
+    return weight[:2] * 3, weight[2:] * weight[0], [weight]
+
+
 def whole(matrix):
     """Integers where there are only such: a float tensor is refused by its dtype."""
     return matrix.long() if torch.isfinite(matrix).all() else matrix
@@ -153,12 +159,30 @@ FUNCTIONS = {
         preferences.RewardHeads(4, hidden=()), ROWS + x, ROWS.flip(0), epochs=2
     ),
     "pairwise_reward_loss": lambda x: preferences.pairwise_reward_loss(vector(x), vector(0.5)),
+    "bradley_terry": lambda x: preferences.bradley_terry(torch.eye(2) / 2 + torch.ones(2, 2).triu(1) + x),
+    "inpo_loss": lambda x: preferences.inpo_loss(
+        vector(0.3), vector(0.1), vector(0.0), vector(0.2), prev_logp_chosen=vector(x), prev_logp_rejected=vector(0.0)
+    ),
+    "tournament": lambda x: preferences.tournament(
+        vector(0.0), vector(0.0, 8).view(4, 2), lambda prompts, first, second: (first > second).double() + x
+    ),
     "clipped_policy_loss": lambda x: preferences.clipped_policy_loss(vector(x), vector(0.0), vector(0.5)),
     "clipped_value_loss": lambda x: preferences.clipped_value_loss(vector(x), vector(0.0), vector(0.5)),
     "adversarial_value": lambda x: preferences.adversarial_value(vector(x), vector(0.0).softmax(-1), EVEN),
     "coverage_coefficient": lambda x: preferences.coverage_coefficient(
         ROWS + x, vector(x).square(), vector(0.0).softmax(-1), EVEN, torch.full((4, 4), 1 / 16, dtype=torch.float64)
     ),
+    "entanglement": lambda x: preferences.entanglement(*two_answers(x)),
+    "first_order_change": lambda x: preferences.first_order_change(*two_answers(x)[1:], [vector(1.0)]),
+    "last_linear_layers": lambda x: preferences.last_linear_layers(language_model(0.0), num_blocks=int(1 + x)),
+    "margin_coefficients": lambda x: preferences.margin_coefficients(
+        preferences.DPOLoss(), preferences.PairLogProbabilities(vector(x), vector(0.1), vector(0.0), vector(0.2))
+    ),
+    "masked_log_probabilities": lambda x: preferences.masked_log_probabilities(
+        preferences.PairTokens(ROWS, ROWS, ROWS < 9, ROWS < 9), ROWS.sigmoid() + x, ROWS.sigmoid()
+    ),
+    "normalized_pair_gradient": lambda x: preferences.normalized_pair_gradient(*two_answers(x)),
+    "token_inner_products": lambda x: preferences.token_inner_products(*two_answers(x)),
     "dpo_loss": lambda x: preferences.dpo_loss(vector(x), vector(0.1), vector(0.0), vector(0.2)),
     "cpo_loss": lambda x: preferences.cpo_loss(vector(x - 2), vector(-2.0)),
     "dpop_loss": lambda x: preferences.dpop_loss(vector(x), vector(0.1), vector(0.0), vector(0.2)),
@@ -179,8 +203,16 @@ FUNCTIONS = {
     "simpo_loss": lambda x: preferences.simpo_loss(vector(x - 2), vector(-2.0), **LENGTHS),
     "slic_loss": lambda x: preferences.slic_loss(vector(x - 2), vector(-2.0)),
     "sppo_loss": lambda x: preferences.sppo_loss(vector(x), vector(0.1), vector(0.0), vector(0.2)),
+    "one_step_x0": lambda x: preferences.one_step_x0(ROWS + x, ROWS, torch.tensor([0.5, 1.0])),
+    "paired_timesteps": lambda x: preferences.paired_timesteps(whole(torch.tensor([3.0, 980.0]) + x), gap=50),
+    "uncertainty_kl": lambda x: preferences.uncertainty_kl(ROWS + x, ROWS.flip(0)),
+    "uncertainty_weighted_loss": lambda x: preferences.uncertainty_weighted_loss(ROWS + x, ROWS.square()),
     "generalized_advantages": lambda x: preferences.generalized_advantages(vector(x), vector(0.0)),
     "kl_estimate": lambda x: preferences.kl_estimate(vector(x), vector(0.0)),
+    "answer_logits": lambda x: preferences.answer_logits(language_model(x), preferences.collate_pairs(PAIRS)),
+    "states_as_inputs": lambda x: preferences.states_as_inputs(
+        language_model(0.0), preferences.collate_pairs(PAIRS), [torch.ones(5, 8) + x]
+    ),
     "log_probabilities_from_states": lambda x: preferences.log_probabilities_from_states(
         preferences.FrozenTrunk(language_model(x), last=1).top(), PAIRS, [torch.ones(5, 8) + x]
     ),
@@ -213,6 +245,8 @@ FUNCTIONS = {
     "policy_error_bound": lambda x: constraints.policy_error_bound(
         fit_error=0.1 + x, lipschitz=2.0, expert_lipschitz=3.0, covering_radius=0.1
     ),
+    "mix_advantages": lambda x: preferences.mix_advantages(ROWS + x, vector(0.0), weights=vector(0.0, 2)),
+    "proxy_point": lambda x: preferences.proxy_point(ROWS + x, vector(0.0, 2)),
     "project_ball": lambda x: constraints.project_ball(vector(x)),
     "project_ball_in_metric": lambda x: optim.project_ball_in_metric(
         vector(x), torch.eye(4, dtype=torch.float64) + ROWS.T @ ROWS

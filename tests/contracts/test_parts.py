@@ -7,6 +7,7 @@ a row in MODULES: one that has none fails, so a new part is covered the day it i
 import copy
 import dataclasses
 import doctest
+import enum
 import importlib
 import inspect
 import pkgutil
@@ -14,6 +15,7 @@ import pkgutil
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import minimand
 from minimand import constraints, losses, preferences, risks, transport
@@ -116,13 +118,64 @@ def language_model(part, dtype):
     return part(torch.tensor([[0, 1, 2], [3, 4, 0]])).square().mean(), part.embedding.weight
 
 
+def compared(part, dtype):
+    chosen = scores(dtype, (6,)).requires_grad_()
+    return part(chosen, scores(dtype, (6,)).flip(0)), chosen
+
+
+def rewarded(part, dtype):
+    features = scores(dtype, (6, 4)).requires_grad_()
+    return part(features).sum(), features
+
+
+def uncertain(part, dtype):
+    predictions = scores(dtype).requires_grad_()
+    each = functional.cross_entropy(predictions, LABELS, reduction="none")
+    return part(predictions, scores(dtype).flip(0), each), predictions
+
+
+def twice_generated(part, dtype):
+    generated = scores(dtype).requires_grad_()
+    return part(generated, LABELS[:3], timesteps=torch.tensor([0, 400, 999])).loss, generated
+
+
+def reward_multipliers(part, dtype):
+    advantages = scores(dtype, (2, 6)).requires_grad_()
+    mixed = part(advantages, scores(dtype, (6,)))
+    part.update(torch.tensor([0.2, 0.9], dtype=dtype))
+    return (mixed * torch.arange(6)).sum(), advantages
+
+
 def demonstrated(part, dtype):
     logp = scores(dtype).log_softmax(-1).requires_grad_()
     return part(logp, scores(dtype).flip(0).log_softmax(-1)), logp
 
 
+def masked(part, dtype):
+    logp, hidden = -scores(dtype).abs().requires_grad_(), scores(dtype, (6, 3, 4))
+    answers = torch.ones(6, 3, dtype=torch.bool)
+    logp.retain_grad()
+    return part(
+        preferences.PairTokens(
+            logp, logp.flip(0), answers, answers, -logp.detach().abs(), -logp.detach().abs(), hidden, hidden
+        )
+    ), logp
+
+
 MODULES = {
+    "SparseTokenMask": (lambda: preferences.SparseTokenMask(4), masked),
+    "CtrlUReward": (
+        lambda: preferences.CtrlUReward(nn.Linear(3, 3), nn.CrossEntropyLoss(reduction="none"), warmup_steps=2),
+        twice_generated,
+    ),
     "ImplicitRewardSFTLoss": (lambda: preferences.ImplicitRewardSFTLoss(value="learned"), demonstrated),
+    "UncertaintyWeightedLoss": (preferences.UncertaintyWeightedLoss, uncertain),
+    "PairwiseRewardLoss": (preferences.PairwiseRewardLoss, compared),
+    "RewardEnsemble": (
+        lambda: preferences.RewardEnsemble(preferences.RewardHeads(4)).fit_scale(torch.eye(4)),
+        rewarded,
+    ),
+    "RewardHeads": (lambda: preferences.RewardHeads(4), rewarded),
     "AttentionPool": (lambda: transport.AttentionPool(3, hidden=4), pooled),
     "CoxPHLoss": (losses.CoxPHLoss, survival),
     "DiscreteHazardLoss": (losses.DiscreteHazardLoss, hazards),
@@ -140,6 +193,7 @@ MODULES = {
         lipschitz_regressor,
     ),
     "Multiplier": (lambda: constraints.Multiplier(0.1, num_constraints=3, damping=1.0), multiplier),
+    "RewardMultipliers": (lambda: preferences.RewardMultipliers(torch.tensor([0.7, 0.6])), reward_multipliers),
     "TempNet": (lambda: losses.TempNet(3), tempnet),
     "TempNetContrastiveLoss": (lambda: losses.TempNetContrastiveLoss(6, 4, radius=1.0), contrastive),
     "SmoothAdversarialCompSumLoss": (lambda: losses.SmoothAdversarialCompSumLoss(eps=0.1), adversarial),
@@ -225,7 +279,7 @@ def test_a_public_part_says_what_it_does_shows_it_and_names_its_source(room, nam
     part = getattr(importlib.import_module(f"minimand.{room}"), name)
     text = inspect.getdoc(part) or ""
     assert len(text.splitlines()[0]) > 20
-    result = inspect.isclass(part) and (issubclass(part, (tuple, Exception)) or dataclasses.is_dataclass(part))
+    result = inspect.isclass(part) and (issubclass(part, (tuple, Exception, enum.Enum)) or dataclasses.is_dataclass(part))
     if result or getattr(part, "_is_protocol", False):
         return  # a result, an error or a protocol shows itself where it is used
     assert "Example:" in text

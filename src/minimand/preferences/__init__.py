@@ -8,6 +8,8 @@ from .best_of_n import (
     best_of_n_weights,
     expected_best_of_n,
 )
+from .bradley_terry import BradleyTerryFit, bradley_terry
+from .constrained_rlhf import RewardMultipliers, mix_advantages, proxy_point
 from .ctrl_u import (
     CtrlUReward,
     RewardTerms,
@@ -19,7 +21,16 @@ from .ctrl_u import (
     uncertainty_weighted_loss,
 )
 from .f_matching import FMatching, f_matching_dual
-from .frozen_trunk import FrozenTrunk, log_probabilities_from_states
+from .frozen_trunk import FrozenTrunk, log_probabilities_from_states, states_as_inputs
+from .gradient_entanglement import (
+    Entanglement,
+    MarginCoefficients,
+    Regime,
+    entanglement,
+    first_order_change,
+    margin_coefficients,
+    token_inner_products,
+)
 from .implicit_reward import (
     ImplicitRewardSFTLoss,
     SoftValues,
@@ -28,7 +39,9 @@ from .implicit_reward import (
     implicit_reward_sft_loss,
     logits_as_q,
 )
+from .inpo import INPOLoss, inpo_loss
 from .language_models import load_language_model, train_only
+from .layer_gradients import LayerGradients, PairGradients, last_linear_layers
 from .log_probabilities import sequence_log_probability, token_log_probabilities
 from .margin_losses import (
     DPOLoss,
@@ -42,11 +55,13 @@ from .margin_losses import (
     ipo_loss,
     rdpo_loss,
 )
+from .normalized_pair_gradient import NormalizedPairLoss, normalized_pair_gradient
 from .pair_loss import PairLogProbabilities, PairLoss, PairTokens
 from .pairs import (
     PairBatch,
     TokenizedPairs,
     TokenPair,
+    answer_logits,
     collate_pairs,
     pair_log_probabilities,
     read_pairs,
@@ -55,6 +70,7 @@ from .pairs import (
 )
 from .pointwise_losses import KTOLoss, SPPOLoss, kto_baseline, kto_loss, sppo_loss
 from .ppo import clipped_policy_loss, clipped_value_loss, generalized_advantages, kl_estimate
+from .preference_game import NashSolution, PreferenceGame
 from .reference_cache import ReferenceCache, with_reference
 from .reference_free_losses import (
     CPOLoss,
@@ -79,47 +95,68 @@ from .reward_ensembles import (
     pairwise_reward_loss,
 )
 from .rpo import RPOLoss, adversarial_value, coverage_coefficient, rpo_loss
+from .self_play import SelfPlayPairs, SelfPlayRounds, tournament
+from .sparse_token_mask import SparseTokenMask, masked_log_probabilities
+from .threshold_search import ThresholdResult, ThresholdSearch
 
 __all__ = [
     "BestOfNCurve",
+    "BradleyTerryFit",
     "CPOLoss",
     "CtrlUReward",
     "DPOLoss",
     "DPOPLoss",
+    "Entanglement",
     "FMatching",
     "FrozenTrunk",
     "HingeLoss",
+    "INPOLoss",
     "IPOLoss",
     "ImplicitRewardSFTLoss",
     "KTOLoss",
+    "LayerGradients",
+    "MarginCoefficients",
+    "NashSolution",
+    "NormalizedPairLoss",
     "ORPOLoss",
     "PairBatch",
+    "PairGradients",
     "PairLogProbabilities",
     "PairLoss",
     "PairTokens",
     "PairwiseRewardLoss",
+    "PreferenceGame",
     "RDPOLoss",
     "RPOLoss",
     "RRHFLoss",
     "ReferenceCache",
+    "Regime",
     "RewardEnsemble",
     "RewardHeads",
+    "RewardMultipliers",
     "RewardTerms",
     "SFTLoss",
     "SLiCLoss",
     "SPPOLoss",
+    "SelfPlayPairs",
+    "SelfPlayRounds",
     "SimPOLoss",
     "SoftValues",
+    "SparseTokenMask",
+    "ThresholdResult",
+    "ThresholdSearch",
     "TokenPair",
     "TokenizedPairs",
     "UncertaintyTerms",
     "UncertaintyWeightedLoss",
     "adversarial_value",
     "aggregate_rewards",
+    "answer_logits",
     "best_of_n",
     "best_of_n_curve",
     "best_of_n_kl",
     "best_of_n_weights",
+    "bradley_terry",
     "clipped_policy_loss",
     "clipped_value_loss",
     "collate_pairs",
@@ -128,25 +165,34 @@ __all__ = [
     "demonstration_weights",
     "dpo_loss",
     "dpop_loss",
+    "entanglement",
     "expected_best_of_n",
     "f_matching_dual",
+    "first_order_change",
     "fit_reward_heads",
     "generalized_advantages",
     "hinge_loss",
     "implicit_reward",
     "implicit_reward_sft_loss",
+    "inpo_loss",
     "ipo_loss",
     "kl_estimate",
     "kto_baseline",
     "kto_loss",
+    "last_linear_layers",
     "load_language_model",
     "log_probabilities_from_states",
     "logits_as_q",
+    "margin_coefficients",
+    "masked_log_probabilities",
+    "mix_advantages",
+    "normalized_pair_gradient",
     "one_step_x0",
     "orpo_loss",
     "pair_log_probabilities",
     "paired_timesteps",
     "pairwise_reward_loss",
+    "proxy_point",
     "rdpo_loss",
     "read_pairs",
     "rpo_loss",
@@ -157,8 +203,11 @@ __all__ = [
     "simpo_loss",
     "slic_loss",
     "sppo_loss",
+    "states_as_inputs",
+    "token_inner_products",
     "token_log_probabilities",
     "tokenize_pairs",
+    "tournament",
     "train_only",
     "uncertainty_kl",
     "uncertainty_weighted_loss",
