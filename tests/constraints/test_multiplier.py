@@ -129,6 +129,10 @@ def test_a_refused_violation_leaves_the_multiplier_as_it_was():
         ({"lr": 0.1, "num_constraints": 0}, "num_constraints"),
         ({"lr": 0.1, "initial": -1.0}, "initial"),
         ({"lr": 0.1, "ceiling": 0.0}, "ceiling"),
+        ({"lr": 0.1, "ceiling": 2.0, "squash": True}, "ceiling must be None"),
+        ({"lr": 0.1, "initial": 0.0, "squash": True}, "initial"),
+        ({"lr": 0.1, "momentum": 1.0}, "momentum"),
+        ({"lr": 0.1, "max_norm": 0.0}, "max_norm"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings, says):
@@ -143,3 +147,56 @@ def test_it_compiles_whole():
     for violation in (torch.tensor(0.3), torch.tensor(-0.1), torch.tensor(0.7)):
         assert torch.allclose(compiled(violation), other(violation))
     assert torch.allclose(multiplier.value, other.value)
+
+
+@given(dual=st.floats(-4, 4), violation=NUMBER, equality=st.booleans())
+def test_a_squashed_multiplier_climbs_the_gradient_of_its_term(dual, violation, equality):
+    """d/d lambda of squash(lambda) g, by autograd."""
+    multiplier = Multiplier(1.0, squash=True, equality=equality).double()
+    multiplier.dual.fill_(dual)
+    leaf = torch.tensor([dual], dtype=torch.float64, requires_grad=True)
+    ((torch.tanh if equality else torch.sigmoid)(leaf) * violation).sum().backward()
+    multiplier.update(torch.tensor([violation], dtype=torch.float64))
+    assert torch.allclose(multiplier.dual - dual, leaf.grad, atol=1e-12, rtol=0)
+
+
+@given(violations=st.lists(st.tuples(NUMBER, NUMBER), min_size=1, max_size=5), squash=st.booleans())
+def test_momentum_and_norm_are_those_of_torchs_sgd(violations, squash):
+    multiplier = Multiplier(0.3, num_constraints=2, equality=True, squash=squash, momentum=0.4, max_norm=0.5).double()
+    dual = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([dual], lr=0.3, momentum=0.4, maximize=True)
+    for violation in violations:
+        optimizer.zero_grad()
+        seen = torch.tensor(violation, dtype=torch.float64)
+        ((dual.tanh() if squash else dual) * seen).sum().backward()
+        torch.nn.utils.clip_grad_norm_([dual], 0.5)
+        optimizer.step()
+        multiplier.update(seen)
+    assert torch.allclose(multiplier.dual, dual.detach(), atol=1e-5)  # torch adds 1e-6 to the norm
+
+
+@pytest.mark.parametrize(("equality", "low"), [(False, 0.0), (True, -1.0)])
+def test_a_squashed_multiplier_stays_in_its_range_and_comes_back_from_its_end(equality, low):
+    multiplier = Multiplier(0.5, squash=True, equality=equality)
+    assert multiplier.value.item() == (1 + low) / 2
+    for _ in range(400):
+        multiplier.update(torch.tensor(1.0))
+    assert 0.99 < multiplier.value.item() <= 1.0
+    for _ in range(800):
+        multiplier.update(torch.tensor(-1.0))
+    assert low <= multiplier.value.item() < low + 0.01
+
+
+def test_a_squashed_multiplier_solves_what_a_plain_one_does_where_its_range_allows():
+    """min (x - 2)^2 / 4 with x <= 1: multiplier 1/2, inside (0, 1)."""
+    x = solve(lambda x: (x - 2).square() / 4, lambda x: x - 1, 0.0, Multiplier(0.2, squash=True, initial=0.1), lr=0.1)
+    assert x.item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_update_moves_what_forward_moves_in_any_mode():
+    settings = {"squash": True, "momentum": 0.5}
+    by_call, by_update = Multiplier(0.5, **settings), Multiplier(0.5, **settings).eval()
+    for violation in (1.0, -0.3):
+        by_call(torch.tensor(violation))
+        by_update.update(torch.tensor(violation))
+    assert torch.equal(by_call.dual, by_update.dual)

@@ -32,6 +32,21 @@ def waves():
     return torch.randn(200, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ mix
 
 
+def thresholds(max_iter, max_seconds):
+    """The best of two thresholds, by asking."""
+    box = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    search = preferences.ThresholdSearch(
+        box, generator=torch.Generator().manual_seed(0), max_iter=max_iter, max_seconds=max_seconds
+    )
+    return search.run(lambda theta: -float((theta - 0.6).square().sum()))
+
+
+def circling():
+    """Rock beats scissors beat paper beats rock, and a reference that likes rock."""
+    beats = torch.tensor([[0.5, 0.1, 0.9], [0.9, 0.5, 0.1], [0.1, 0.9, 0.5]], dtype=torch.float64)
+    return beats, torch.tensor([0.8, 0.1, 0.1], dtype=torch.float64)
+
+
 # Name to a call ``(max_iter, max_seconds) -> Stop`` on a problem that takes more than one iteration.
 SOLVERS = {
     "f_matching_dual": lambda max_iter, max_seconds: (
@@ -42,10 +57,19 @@ SOLVERS = {
             max_seconds=max_seconds,
         ).status
     ),
+    "PreferenceGame": lambda max_iter, max_seconds: (
+        preferences.PreferenceGame(circling()[0], circling()[1].log(), tau=0.1)
+        .nash(max_iter=max_iter, max_seconds=max_seconds)
+        .status
+    ),
+    "bradley_terry": lambda max_iter, max_seconds: (
+        preferences.bradley_terry(*circling(), max_iter=max_iter, max_seconds=max_seconds).status
+    ),
     "ExactALNewton": lambda max_iter, max_seconds: on_the_circle(max_iter, max_seconds).status,
     "TopoSwap": lambda max_iter, max_seconds: (
         constraints.TopoSwap(max_iter=max_iter, max_seconds=max_seconds).fit(waves(), order=list(range(8))).status
     ),
+    "ThresholdSearch": lambda max_iter, max_seconds: thresholds(max_iter, max_seconds).status,
     "LipschitzRegressor": lambda max_iter, max_seconds: (
         constraints.LipschitzRegressor(0.5, max_iter=max_iter, max_seconds=max_seconds).fit(*STEEP).result.status
     ),

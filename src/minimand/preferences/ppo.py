@@ -64,8 +64,12 @@ def generalized_advantages(
         if mask.shape != rewards.shape:
             raise ValueError(f"mask must have the shape of rewards, {tuple(rewards.shape)}, got {tuple(mask.shape)}")
         rewards, values = rewards * mask, values * mask
-    following = torch.zeros_like(values[..., 0]) if bootstrap is None else bootstrap
-    deltas = rewards + gamma * torch.cat([values[..., 1:], following[..., None]], -1) - values
+    if bootstrap is None:
+        bootstrap = torch.zeros_like(values[..., 0])
+    elif bootstrap.shape != values.shape[:-1]:
+        raise ValueError(f"bootstrap must have shape {tuple(values.shape[:-1])}, got {tuple(bootstrap.shape)}")
+    checks.finite(bootstrap, "bootstrap")
+    deltas = rewards + gamma * torch.cat([values[..., 1:], bootstrap[..., None]], -1) - values
     running, advantages = torch.zeros_like(deltas[..., 0]), torch.empty_like(deltas)
     for step in reversed(range(deltas.shape[-1])):
         running = deltas[..., step] + gamma * lam * running
