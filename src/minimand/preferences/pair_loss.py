@@ -8,7 +8,7 @@ frozen reference, and the answers' lengths in tokens. Nothing here knows a token
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -140,8 +140,8 @@ class PairLoss(nn.Module, ABC):
         reduction: "mean", "sum", "none", or a risk that maps losses ``(batch,)`` to a scalar.
     """
 
-    needs_reference: ClassVar[bool] = True
-    # No ClassVar: whether lengths are needed may depend on a setting of the object.
+    # What an object needs may depend on its settings, so neither is a ClassVar.
+    needs_reference: bool = True
     needs_lengths: bool = False
 
     def __init__(self, *, reduction: Reduction = "mean") -> None:
