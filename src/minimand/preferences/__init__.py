@@ -20,6 +20,7 @@ from .ctrl_u import (
     uncertainty_kl,
     uncertainty_weighted_loss,
 )
+from .entanglement_callback import EntanglementCallback
 from .f_matching import FMatching, f_matching_dual
 from .frozen_trunk import FrozenTrunk, log_probabilities_from_states, states_as_inputs
 from .gradient_entanglement import (
@@ -107,6 +108,7 @@ __all__ = [
     "DPOLoss",
     "DPOPLoss",
     "Entanglement",
+    "EntanglementCallback",
     "FMatching",
     "FrozenTrunk",
     "HingeLoss",
