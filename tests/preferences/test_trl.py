@@ -215,7 +215,7 @@ def test_scores_of_the_whole_vocabulary_say_what_the_fused_head_says(folder, set
     mask = batch["completion_mask"][:, 1:].bool()
     for name in ("log_probs", "entropy", "mean_logits"):
         torch.testing.assert_close(getattr(plain, name)[mask], getattr(fused, name)[mask], atol=1e-5, rtol=1e-5)
-    assert torch.equal(plain.is_top1[mask], fused.is_top1[mask].bool())
+    assert torch.equal(plain.is_top1[mask], fused.is_top1[mask])
     head = trainer.model.get_output_embeddings()
     rebuilt = head(plain.hidden).log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(rebuilt, plain.log_probs, atol=1e-5, rtol=1e-5)

@@ -115,6 +115,12 @@ class PairLossTrainer(DPOTrainer):
         The interface of TRL 1.16 (von Werra et al.).
     """
 
+    # Once built, a trainer has all of these; transformers types them as optional.
+    args: Any
+    model: Any
+    state: Any
+    objective: Any
+
     _tag_names = ["trl", "minimand"]  # noqa: RUF012 - TRL's own attribute
     _paper: dict[str, str] = {}  # noqa: RUF012
 
@@ -195,7 +201,13 @@ class PairLossTrainer(DPOTrainer):
         mask = inputs["completion_mask"][:, 1:].bool()
         with torch.no_grad(), self._reference() as reference:
             ref_logp = None if reference is None else self._score(reference, inputs).log_probs
-        tokens = PairTokens(*scores.log_probs.chunk(2), *mask.chunk(2), *_halves(ref_logp), *_halves(scores.hidden))
+        chosen, rejected = scores.log_probs.chunk(2)
+        chosen_mask, rejected_mask = mask.chunk(2)
+        ref_chosen, ref_rejected = _halves(ref_logp)
+        chosen_hidden, rejected_hidden = _halves(scores.hidden)
+        tokens = PairTokens(
+            chosen, rejected, chosen_mask, rejected_mask, ref_chosen, ref_rejected, chosen_hidden, rejected_hidden
+        )
         pairs = tokens.sums()
         self.objective.train(self.model.training)
         if self.precompute_ref_logps:
@@ -243,17 +255,24 @@ class PairLossTrainer(DPOTrainer):
         if hasattr(dpo_trainer, "add_fused_lm_head") and not hidden:
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
             output = model(**arguments, labels=labels, fused_lm_head=True)
-            extra = (output.entropy, output.mean_logits, output.is_top1) if metrics else (None, None, None)
+            auxiliary = output.aux_loss if balanced else None
+            if not metrics:
+                return _Scores(output.log_probs[:, -width:], auxiliary=auxiliary)
             return _Scores(
                 output.log_probs[:, -width:],
-                *(None if value is None else value[:, -width:].detach() for value in extra),
-                auxiliary=output.aux_loss if balanced else None,
+                output.entropy[:, -width:].detach(),
+                output.mean_logits[:, -width:],
+                output.is_top1[:, -width:].bool(),
+                auxiliary=auxiliary,
             )
         output = model(**arguments, output_hidden_states=hidden)
         logits, targets = output.logits[:, -width - 1 : -1], inputs["input_ids"][:, 1:]
+        entropy, mean_logits, is_top1 = _summary(logits, targets) if metrics else (None, None, None)
         return _Scores(
             token_log_probabilities(logits, targets),
-            *(_summary(logits.detach(), targets) if metrics else (None, None, None)),
+            entropy,
+            mean_logits,
+            is_top1,
             output.hidden_states[-1][:, -width - 1 : -1] if hidden else None,
             output.aux_loss if balanced else None,
         )
@@ -282,7 +301,7 @@ class PairLossTrainer(DPOTrainer):
                 "entropy": ((scores.entropy * mask).sum(), mask.sum()),
                 "logits/chosen": ((upper * first).sum(), first.sum()),
                 "logits/rejected": ((lower * second).sum(), second.sum()),
-                "mean_token_accuracy": ((scores.is_top1.chunk(2)[0].bool() & first).sum(), first.sum()),
+                "mean_token_accuracy": ((scores.is_top1.chunk(2)[0] & first).sum(), first.sum()),
             }
         if scores.auxiliary is not None:
             ratios["aux_loss"] = (scores.auxiliary, torch.ones_like(number))
