@@ -398,7 +398,9 @@ def rdpo_loss(
         lengths=True,
     )
     margin = (logp_chosen - ref_logp_chosen) - (logp_rejected - ref_logp_rejected)
-    return -functional.logsigmoid(beta * margin + length_penalty * (chosen_lengths - rejected_lengths))
+    # A float times whole numbers would be float32, whatever the margin is.
+    longer = (chosen_lengths - rejected_lengths).to(margin.dtype)
+    return -functional.logsigmoid(beta * margin + length_penalty * longer)
 
 
 class RDPOLoss(PairLoss):
