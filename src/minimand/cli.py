@@ -463,6 +463,79 @@ def survival(
 
 
 @compare.command()
+def preferences(
+    pairs: Annotated[
+        str | None,
+        typer.Argument(
+            help="JSON lines, a folder of datasets or a data set's name, with prompt, chosen and rejected. Default: "
+            "questions of fact."
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", help="A folder or a name on the hub of any causal language model.")
+    ] = "smollm2-135m",
+    train: Annotated[str, typer.Option("--train", help="last:BLOCKS, lora:RANK or all.")] = "last:2",
+    steps: Annotated[int, typer.Option("--steps", help="Steps of training.")] = 30,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs a step.")] = 4,
+    lr: Annotated[
+        list[float] | None, typer.Option("--lr", help="A learning rate to try; may be given again. Default: two.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", help="Most tokens in a prompt and one answer; default: up to 1,024.")
+    ] = None,
+    most: Annotated[int, typer.Option("--pairs", help="How many pairs to draw from a larger file.")] = 400,
+    objective: Annotated[
+        list[str] | None, typer.Option("--objective", help="Only this objective; may be given again.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="How many splits.")] = 2,
+    engine: Engine = "local",
+    jobs: Jobs = None,
+    seed: Seed = 0,
+    store: StorePath = None,
+    as_json: Json = False,
+    out: Out = DEFAULT_OUT,
+) -> None:
+    """Which objective makes my language model prefer what I prefer, and what goes wrong on the way?"""
+
+    def build() -> Study:
+        from .bench.preferences import preferences_study
+
+        return preferences_study(
+            pairs, model=model, train=train, steps=steps, batch_size=batch_size, rates=tuple(lr or (3e-5, 1e-4)),
+            max_length=max_length, pairs=most, objectives=tuple(objective or ()), seeds=seeds, seed=seed,
+        )  # fmt: skip
+
+    def prepare(study: Study, progress: Callable[[str], None]) -> Study:
+        from .bench.preferences import prepare
+
+        return prepare(study, progress)
+
+    def code(study: Study, winner: str) -> str:
+        from .bench.preferences import winner_code
+
+        return winner_code(study, winner)
+
+    def figures(study: Study, record: dict[str, Any]) -> list[dict[str, str]]:
+        from .bench.preferences import drift_figure
+
+        return drift_figure(study, record)
+
+    _run(
+        build,
+        kind="compare",
+        problem="preferences",
+        out=out,
+        engine=engine,
+        jobs=jobs,
+        store=store,
+        as_json=as_json,
+        prepare=prepare,
+        code=code,
+        figures=figures,
+    )
+
+
+@compare.command()
 def graph(
     data: Annotated[
         str | None,
@@ -561,12 +634,14 @@ def _run(
     store: pathlib.Path | None,
     as_json: bool,
     seeds: int | None = None,
+    prepare: Callable[[Study, Callable[[str], None]], Study] | None = None,
     code: Callable[[Study, str], str] | None = None,
     figures: Callable[[Study, dict[str, Any]], list[dict[str, str]]] | None = None,
     more: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Run a study, show it, and write its report.
 
+    ``prepare`` does what all cells need, telling what is under way, and may complete the study.
     ``figures`` draws, from the study and its record, what the report shows besides its charts: dicts of ``title``,
     ``caption`` and ``svg``, the last an ``<svg>`` element whose texts are escaped. ``more`` adds to what
     ``--json`` prints.
@@ -577,9 +652,12 @@ def _run(
     start = time.perf_counter()
     try:
         _check_out(out)
-        with console.status("reading"):
+        with console.status("reading") as status:
             study = build()
             from . import bench, report
+
+            if prepare is not None:
+                study = prepare(study, status.update)
         with bench.Store(store) as kept:
             results = _with_progress(study, kept, console, seeds=seeds, engine=engine, jobs=jobs)
     except KeyboardInterrupt:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from .. import checks
 from .language_models import blocks
 from .pairs import PairBatch, TokenPair, collate_pairs, pair_log_probabilities
+
+
+class _Enough(Exception):  # noqa: N818
+    """Ends a forward pass whose rest nobody wants."""
 
 
 class FrozenTrunk:
@@ -70,29 +77,26 @@ class FrozenTrunk:
             batch_size: Pairs in a forward pass.
             progress: Called with pairs done and pairs in all.
         """
-        owner, name, layers = self._layers()
         caught: list[Tensor] = []
 
         def catch(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             caught.append(arguments[0] if arguments else keywords["hidden_states"])
+            raise _Enough
 
-        handle = layers[-self.last].register_forward_pre_hook(catch, with_kwargs=True)
+        handle = blocks(self.model)[-self.last].register_forward_pre_hook(catch, with_kwargs=True)
         found: list[tuple[int, Tensor]] = []
         order = sorted(range(len(pairs)), key=lambda place: sum(map(len, pairs[place])))
-        # The first block of the top must run for the hook to fire; those after it need not.
-        setattr(owner, name, layers[: len(layers) - self.last + 1])
         try:
             for start in range(0, len(order), batch_size):
                 places = order[start : start + batch_size]
                 batch = collate_pairs([pairs[place] for place in places])
-                pair_log_probabilities(self.model, batch)
+                with contextlib.suppress(_Enough):
+                    pair_log_probabilities(self.model, batch)
                 hidden = caught.pop()
-                for row, place in enumerate(places):
-                    found.append((place, hidden[row, _real(batch, row)].cpu()))
+                found += [(place, hidden[row, _real(batch, row)].cpu()) for row, place in enumerate(places)]
                 if progress is not None:
                     progress(min(start + batch_size, len(order)), len(order))
         finally:
-            setattr(owner, name, layers)
             handle.remove()
         return [states for _, states in sorted(found, key=lambda one: one[0])]
 
@@ -143,11 +147,41 @@ def log_probabilities_from_states(
         The chain rule of probability.
     """
     batch = collate_pairs(pairs)
+    return pair_log_probabilities(top, batch, inputs_embeds=states_as_inputs(top, batch, states), hidden=hidden)
+
+
+def states_as_inputs(
+    top: nn.Module, batch: PairBatch, states: Sequence[Tensor]
+) -> Float[Tensor, "pairs columns width"]:
+    """Lay out a trunk's hidden states as a batch's inputs, on the device and in the dtype of the top.
+
+    Args:
+        top: From :meth:`FrozenTrunk.top`.
+        batch: Pairs in the shared layout.
+        states: The trunk's hidden states of the same pairs.
+
+    Returns:
+        What the top reads in place of embeddings; zeros at padding.
+
+    Raises:
+        ValueError: If a number is not finite, or pairs and states do not match.
+
+    Example:
+        >>> batch = collate_pairs([TokenPair((1,), (2,), (3,))])
+        >>> states_as_inputs(torch.nn.Linear(4, 4), batch, [torch.ones(3, 4)]).shape
+        torch.Size([1, 3, 4])
+
+    Source:
+        A change of layout.
+    """
+    if len(states) != len(batch.input_ids):
+        raise ValueError(f"states holds {len(states)} pairs, the batch {len(batch.input_ids)}")
     parameter = next(top.parameters())
     inputs = torch.zeros(*batch.input_ids.shape, states[0].shape[-1], dtype=parameter.dtype)
     for row, state in enumerate(states):
+        checks.finite(state, f"states[{row}]")
         inputs[row, _real(batch, row)] = state.to(parameter.dtype)
-    return pair_log_probabilities(top, batch, inputs_embeds=inputs.to(parameter.device), hidden=hidden)
+    return inputs.to(parameter.device)
 
 
 def _real(batch: PairBatch, row: int) -> Tensor:

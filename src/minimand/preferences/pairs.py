@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from .. import checks
 from .log_probabilities import token_log_probabilities
 from .pair_loss import PairTokens
 
@@ -400,6 +401,54 @@ def pair_log_probabilities(
     Source:
         The chain rule of probability.
     """
+    logits, states = _answers(model, batch, inputs_embeds, hidden)
+    place = logits[0].device
+    return PairTokens(
+        token_log_probabilities(logits[0], batch.chosen.to(place)),
+        token_log_probabilities(logits[1], batch.rejected.to(place)),
+        batch.chosen_mask.to(place),
+        batch.rejected_mask.to(place),
+        chosen_hidden=states[0],
+        rejected_hidden=states[1],
+    )
+
+
+def answer_logits(
+    model: nn.Module, batch: PairBatch, *, inputs_embeds: Tensor | None = None
+) -> tuple[Float[Tensor, "pairs chosen_tokens vocabulary"], Float[Tensor, "pairs rejected_tokens vocabulary"]]:
+    """Compute the scores that predict every token of every answer, chosen and rejected.
+
+    Args:
+        model: A causal language model of transformers, or one wrapped by peft.
+        batch: From :func:`collate_pairs`; moved to the device of the model's parameters.
+        inputs_embeds: What the model reads in place of ``batch.input_ids``, ``(rows, columns, width)``, or None.
+
+    Returns:
+        Scores of the chosen and of the rejected answers; at padding they mean nothing.
+
+    Raises:
+        ValueError: If a score is not finite.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**size)).eval()
+        >>> [scores.shape for scores in answer_logits(model, collate_pairs([TokenPair((1, 2), (3,), (4, 5))]))]
+        [torch.Size([1, 1, 16]), torch.Size([1, 2, 16])]
+
+    Source:
+        The definition of a causal language model.
+    """
+    logits = _answers(model, batch, inputs_embeds, False)[0]
+    for scores in logits:
+        checks.finite(scores.detach(), "logits")
+    return logits
+
+
+def _answers(
+    model: nn.Module, batch: PairBatch, inputs_embeds: Tensor | None, hidden: bool
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """Run the model once; return scores and, if asked for, hidden states that predict the answers' tokens."""
     parameter = next(model.parameters())
     batch = batch.to(parameter.device)
     mask = batch.attention_mask
@@ -413,16 +462,8 @@ def pair_log_probabilities(
     if _keeps(model):
         read["logits_to_keep"] = batch.keep
     output = model(attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **read)
-    chosen, rejected = batch.split(output.logits[:, -batch.keep :])
     states = batch.split(output.hidden_states[-1][:, -batch.keep :]) if hidden else (None, None)
-    return PairTokens(
-        token_log_probabilities(chosen, batch.chosen),
-        token_log_probabilities(rejected, batch.rejected),
-        batch.chosen_mask,
-        batch.rejected_mask,
-        chosen_hidden=states[0],
-        rejected_hidden=states[1],
-    )
+    return batch.split(output.logits[:, -batch.keep :]), states
 
 
 def _keeps(model: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,12 +53,18 @@ class ReferenceCache:
         self.batch_size = batch_size
 
     def __call__(
-        self, pairs: Sequence[TokenPair], *, progress: Callable[[int, int], None] | None = None
+        self,
+        pairs: Sequence[TokenPair],
+        *,
+        compute: Callable[[Sequence[int]], PairTokens] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Return each pair's log-probabilities, chosen ``(tokens,)`` and rejected ``(tokens,)``, on the CPU.
 
         Args:
             pairs: At least one.
+            compute: What the model says of the pairs at some places, where there is a cheaper way to find out than
+                to run all of it; None runs it.
             progress: Called with pairs done and pairs in all.
 
         Raises:
@@ -73,7 +79,7 @@ class ReferenceCache:
                 flat = load_file(path)["log_probabilities"]
                 if len(flat) == sum(sizes):
                     return _in_twos(flat, sizes)
-        flat = self._compute(pairs, progress)
+        flat = self._compute(pairs, compute, progress)
         with arriving(path) as draft:
             save_file({"log_probabilities": flat}, draft)
         return _in_twos(flat, sizes)
@@ -87,33 +93,39 @@ class ReferenceCache:
         return digest.hexdigest()
 
     @torch.no_grad()
-    def _compute(self, pairs: Sequence[TokenPair], progress: Callable[[int, int], None] | None) -> Tensor:
+    def _compute(
+        self,
+        pairs: Sequence[TokenPair],
+        compute: Callable[[Sequence[int]], PairTokens] | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> Tensor:
         training = self.model.training
         self.model.eval()
         plain = self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else contextlib.nullcontext()
+        # Pairs of one length together, so that little is padding.
+        order = sorted(range(len(pairs)), key=lambda place: sum(map(len, pairs[place])))
+        found: list[tuple[int, Tensor]] = []
         try:
             with plain:
-                found = list(self._batches(pairs, progress))
+                run = self._runner(pairs) if compute is None else compute
+                for start in range(0, len(order), self.batch_size):
+                    places = order[start : start + self.batch_size]
+                    tokens = run(places)
+                    for row, place in enumerate(places):
+                        chosen = tokens.chosen[row, : len(pairs[place].chosen)]
+                        rejected = tokens.rejected[row, : len(pairs[place].rejected)]
+                        found.append((place, torch.cat([chosen, rejected]).float().cpu()))
+                    if progress is not None:
+                        progress(min(start + self.batch_size, len(order)), len(order))
         finally:
             self.model.train(training)
         return torch.cat([part for _, part in sorted(found, key=lambda one: one[0])])
 
-    def _batches(
-        self, pairs: Sequence[TokenPair], progress: Callable[[int, int], None] | None
-    ) -> Iterator[tuple[int, Tensor]]:
+    def _runner(self, pairs: Sequence[TokenPair]) -> Callable[[Sequence[int]], PairTokens]:
         share = shares_prompt(self.model, pairs[0])
-        # Pairs of one length together, so that little is padding.
-        order = sorted(range(len(pairs)), key=lambda place: sum(map(len, pairs[place])))
-        for start in range(0, len(order), self.batch_size):
-            places = order[start : start + self.batch_size]
-            batch = collate_pairs([pairs[place] for place in places], share_prompt=share)
-            tokens = pair_log_probabilities(self.model, batch)
-            for row, place in enumerate(places):
-                chosen = tokens.chosen[row, : len(pairs[place].chosen)]
-                rejected = tokens.rejected[row, : len(pairs[place].rejected)]
-                yield place, torch.cat([chosen, rejected]).float().cpu()
-            if progress is not None:
-                progress(min(start + self.batch_size, len(order)), len(order))
+        return lambda places: pair_log_probabilities(
+            self.model, collate_pairs([pairs[place] for place in places], share_prompt=share)
+        )
 
 
 def with_reference(tokens: PairTokens, reference: Sequence[tuple[Tensor, Tensor]]) -> PairTokens:
