@@ -175,6 +175,30 @@ def test_caps_bind_or_let_the_reward_run_to_the_optimum_under_the_divergence():
     assert (bound - tilted([part.weights.item() / beta], rewards)).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["exactly", "at least", "at most"])
+def test_damping_answers_to_the_last_violation_within_the_multipliers_range(kind):
+    part = RewardMultipliers(torch.tensor([0.5, 0.5]).double(), kind=kind, damping=3.0)
+    violation = part.update(torch.tensor([0.1, 0.6]).double())
+    raw = part.multiplier.dual + 3.0 * violation
+    multipliers = raw.tanh() if kind == "exactly" else raw.sigmoid()
+    assert torch.allclose(part.weights, 1 - multipliers if kind == "at most" else multipliers)
+    if kind != "at most":
+        assert part.kl_weight.item() == pytest.approx(2 - multipliers.sum().item())
+
+
+def test_damping_ends_the_swinging_and_leaves_the_solution_where_it_is():
+    rewards = 5 * REWARDS[:1]
+    theta = values(REF_LOGP, rewards) + 0.4
+
+    def distance(damping):
+        part = RewardMultipliers(theta, lr=1.0, max_norm=None, damping=damping)
+        # A policy that follows slowly swings around the threshold.
+        return (values(train(part, rewards, steps=100, step=0.1), rewards) - theta).abs().item()
+
+    assert distance(0.0) > 1e-2
+    assert distance(3.0) < 1e-7
+
+
 def test_each_advantage_is_normalised_by_itself():
     advantages, kl_advantages = 3 + 5 * normal(2, 7, 4), normal(7, 4, seed=1)
     for head, weights in enumerate(torch.eye(2, dtype=torch.float64)):
@@ -286,6 +310,7 @@ def test_a_refused_value_leaves_the_multipliers_as_they_were():
         (lambda: RewardMultipliers(torch.ones(2), kind="eq"), "kind must be one of"),
         (lambda: RewardMultipliers(torch.ones(2), kl_weight=-1.0), "kl_weight"),
         (lambda: RewardMultipliers(torch.ones(2), momentum=1.0), "momentum"),
+        (lambda: RewardMultipliers(torch.ones(2), damping=-1.0), "damping"),
         (lambda: RewardMultipliers(torch.ones(2)).update(torch.ones(3)), r"values must have shape \(2,\), got \(3,\)"),
         (lambda: RewardMultipliers(torch.ones(2)).set_thresholds(torch.ones(1)), "thresholds must have shape"),
         (lambda: RewardMultipliers(torch.ones(2))(torch.ones(3, 4), torch.ones(4)), r"weights must have shape \(3,\)"),

@@ -165,10 +165,14 @@ class RewardMultipliers(nn.Module):
         lr: Step of the multipliers, above 0. The default 0.1, as those of momentum and norm, is the released code's.
         momentum: Of that step, in [0, 1); kept low, since momentum makes multipliers overshoot.
         max_norm: The largest norm of the multipliers' gradient; None for no bound.
+        damping: c, at least 0: how far a multiplier answers to the last violation g at once,
+            :math:`m = \mathrm{squash}(\lambda + c\,g)`, besides adding it up in lambda. It ends the swinging of rewards
+            around their thresholds, and moves no solution. 0 is the paper's; ours.
 
     Attributes:
         thresholds: theta, ``(rewards,)``.
-        multiplier: The :class:`minimand.constraints.Multiplier` within.
+        violation: g as last seen, ``(rewards,)``.
+        multiplier: The :class:`minimand.constraints.Multiplier` within, which holds lambda.
 
     Example:
         >>> multipliers = RewardMultipliers(torch.tensor([0.7, 0.6]))
@@ -181,6 +185,7 @@ class RewardMultipliers(nn.Module):
     """
 
     thresholds: Tensor
+    violation: Tensor
 
     def __init__(
         self,
@@ -191,6 +196,7 @@ class RewardMultipliers(nn.Module):
         lr: float = 0.1,
         momentum: float = 0.1,
         max_norm: float | None = 0.5,
+        damping: float = 0.0,
     ) -> None:
         super().__init__()
         checks.floating(thresholds, "thresholds")
@@ -200,7 +206,8 @@ class RewardMultipliers(nn.Module):
             raise ValueError(f"thresholds must have shape (rewards,), got {tuple(thresholds.shape)}")
         checks.one_of(kind, "kind", _KINDS)
         checks.non_negative(kl_weight, "kl_weight")
-        self.kind = kind
+        checks.non_negative(damping, "damping")
+        self.kind, self.damping = kind, damping
         self._fixed_kl_weight = kl_weight
         self.multiplier = Multiplier(
             lr,
@@ -211,19 +218,23 @@ class RewardMultipliers(nn.Module):
             max_norm=max_norm,
         ).to(thresholds)
         self.register_buffer("thresholds", thresholds.detach().clone())
+        self.register_buffer("violation", torch.zeros_like(self.thresholds))
 
     @property
     def weights(self) -> Float[Tensor, " rewards"]:
         """The weight of each reward: its multiplier m, or 1 - m for ``"at most"``."""
+        raw = self.multiplier.dual + self.damping * self.violation
+        if self.kind == "exactly":
+            return raw.tanh()
         # 1 - sigmoid(x) as sigmoid(-x), which does not round to 0.
-        return torch.sigmoid(-self.multiplier.dual) if self.kind == "at most" else self.multiplier.value.clone()
+        return raw.sigmoid() if self.kind == "at least" else (-raw).sigmoid()
 
     @property
     def kl_weight(self) -> Float[Tensor, ""]:
         """The weight of the divergence: N minus the multipliers' sum, or beta for ``"at most"``."""
         if self.kind == "at most":
             return self.thresholds.new_tensor(self._fixed_kl_weight)
-        return (1 - self.multiplier.value).sum()
+        return (1 - self.weights).sum()
 
     def forward(
         self,
@@ -271,6 +282,7 @@ class RewardMultipliers(nn.Module):
         if self.kind == "at most":
             violation = -violation
         self.multiplier.update(violation)
+        self.violation.copy_(violation)
         return violation
 
     def reached(self, values: Float[Tensor, " rewards"], *, tolerance: float = 0.05) -> bool:
