@@ -20,6 +20,7 @@ from minimand.preferences import (
     IPOLoss,
     KTOLoss,
     ORPOLoss,
+    RPOLoss,
     SFTLoss,
     SimPOLoss,
     SPPOLoss,
@@ -107,6 +108,35 @@ def test_losses_of_trls_dpo_trainer(loss_type, objective, folder, reference, tmp
     )
     assert (chosen_lengths != rejected_lengths).any()
     assert_equal(mine, theirs, model)
+
+
+def test_rpo_of_trls_dpo_trainer_with_a_likelihood_term_where_chosen_answers_are_of_one_length(
+    folder, reference, tmp_path
+):
+    beta, eta = 0.2, 0.3
+    rows = [row for row in tiny_llama.pairs(64) if len(row["chosen"].split()) == 4][:ROWS]
+    tokens_of_an_answer = 5  # its words and the end of text
+    trainer = trl.DPOTrainer(
+        tiny_llama.load(folder),
+        ref_model=tiny_llama.load(reference),
+        args=trl.DPOConfig(
+            str(tmp_path),
+            loss_type=["sigmoid", "sft"],
+            loss_weights=[1.0, eta * beta * tokens_of_an_answer],
+            beta=beta,
+            **COMMON,
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=TOKENIZER,
+    )
+    model, batch = trainer.model, first_rows(trainer)
+    tokens = batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
+    logp, lengths = scored(model, *tokens)
+    assert (lengths[:ROWS] == tokens_of_an_answer).all()
+    with torch.no_grad():
+        ref_logp, _ = scored(tiny_llama.load(reference), *tokens)
+    mine = RPOLoss(beta, eta=eta)(*logp.chunk(2), *ref_logp.chunk(2))
+    assert_equal(mine, trainer.compute_loss(model, batch), model)
 
 
 @pytest.mark.parametrize(("swapped", "clamped"), [(False, False), (True, True)])
