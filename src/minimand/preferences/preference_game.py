@@ -221,7 +221,6 @@ class PreferenceGame:
         budget = Budget(max_iter, max_seconds)
         theta, iteration = self.log_reference, 0
         error = self._error(theta)
-        # Of prompts that have settled, the steps are 0: they are neither moved nor do they count.
         moving = torch.ones_like(error[..., 0], dtype=torch.bool)
         while True:
             residual = error.abs().amax(-1)
@@ -231,9 +230,8 @@ class PreferenceGame:
                 status = Stop.STALLED
             if status is not None:
                 return NashSolution(theta, float(residual.max()), self.exploitability(theta), iteration, status)
-            step = torch.where(open_[..., None], self._newton_step(theta, error), torch.zeros_like(theta))
-            theta, error, moving = self._search(theta, error, step)
-            moving = moving & open_
+            step = self._newton_step(theta, error)
+            theta, error, moving = self._search(theta, error, step, open_)
             iteration += 1
 
     def _error(self, theta: Tensor) -> Tensor:
@@ -246,15 +244,15 @@ class PreferenceGame:
         jacobian = torch.eye(theta.shape[-1], dtype=theta.dtype, device=theta.device) - spread / self.tau
         return -torch.linalg.solve(jacobian, error[..., None]).squeeze(-1)
 
-    def _search(self, theta: Tensor, error: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Halve each prompt's step until the error shrinks enough; tell which prompts moved."""
+    def _search(self, theta: Tensor, error: Tensor, step: Tensor, open_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Halve the steps of open prompts until their errors shrink enough; tell which of them moved."""
         before = _deviation(error)
         length = torch.ones_like(before)
         while True:
             candidate = (theta + length[..., None] * step).log_softmax(-1)
             found = self._error(candidate)
-            good = _deviation(found) < (1 - 1e-4 * length) * before
-            if bool((good | (length < _SHORTEST)).all()):
+            good = open_ & (_deviation(found) < (1 - 1e-4 * length) * before)
+            if bool((good | ~open_ | (length < _SHORTEST)).all()):
                 keep = good[..., None]
                 return torch.where(keep, candidate, theta), torch.where(keep, found, error), good
             length = torch.where(good, length, length / 2)
