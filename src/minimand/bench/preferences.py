@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import html
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -241,6 +242,8 @@ def preferences_study(
             raise DataError(f"{option} must be at least {least}, got {value}")
     if not rates or any(not 0 < rate < 1 for rate in rates):
         raise DataError(f"--lr must name learning rates between 0 and 1, got {', '.join(map(str, rates)) or 'none'}")
+    if not re.fullmatch(r"all|(last|lora):[1-9]\d*", train):
+        raise DataError(f"--train must be last:BLOCKS, lora:RANK or all, got {train!r}")
     if max_length is not None and max_length < 2:
         raise DataError(f"--max-length must be at least 2, got {max_length}")
     recipe = PairRecipe(steps=steps, batch_size=batch_size, rates=tuple(sorted(rates)))
@@ -364,7 +367,7 @@ def drift_figure(study: Study, record: dict[str, Any]) -> list[dict[str, str]]:
     points = [
         (name, float(across), float(means[REJECTED.name][name]))
         for name, across in means[CHOSEN.name].items()
-        if name != UNTRAINED
+        if name != UNTRAINED and across is not None
     ]
     if not points:
         return []

@@ -174,6 +174,7 @@ def _checked(row: Any, number: int) -> dict[str, Any]:
     for key, kind in kinds.items():
         if kind is None:
             raise ValueError(f"row {number}: {key!r} must be text or a list of messages with 'role' and 'content'")
+    for key, kind in kinds.items():
         if kind != kinds["chosen"]:
             raise ValueError(f"row {number}: {key!r} is {kind} but 'chosen' is {kinds['chosen']}; they must agree")
     return dict(row)
