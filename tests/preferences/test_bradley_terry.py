@@ -80,6 +80,17 @@ def test_answers_that_always_win_get_scores_large_enough_for_the_tolerance():
     assert (found.scores.diff() < -5).all()
 
 
+def test_an_answer_that_is_never_drawn_is_scored_by_how_it_fares_against_the_others():
+    preferences, weights = table(4)
+    weights = torch.cat([weights[:4] / weights[:4].sum(), weights.new_zeros(1)])
+    found = bradley_terry(preferences, weights, tolerance=1e-12).scores
+    among = bradley_terry(preferences[:4, :4], weights[:4], tolerance=1e-12).scores
+    torch.testing.assert_close(found[:4], among, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        torch.sigmoid(found[4] - among) @ weights[:4], preferences[4, :4] @ weights[:4], rtol=0, atol=1e-11
+    )
+
+
 def test_prompts_are_fitted_together_as_they_would_be_alone():
     preferences, weights = table(3, prompts=(2, 3))
     together = bradley_terry(preferences, weights, tolerance=1e-12).scores
@@ -93,8 +104,8 @@ def test_bad_input_is_refused_by_name():
     for broken, message in (
         (weights[:4], "weights must have shape"),
         (weights * 2, "weights must add up to 1"),
-        (weights - weights.max(), "weights must be above 0"),
-        (weights * float("nan"), "weights must be above 0"),
+        (weights - weights.max(), "weights must be at least 0"),
+        (weights * float("nan"), "weights must be at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             bradley_terry(preferences, broken)

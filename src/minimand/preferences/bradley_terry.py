@@ -54,7 +54,7 @@ def bradley_terry(
 
     Args:
         preferences: :math:`P(y \succ y')`, rows beat columns, in [0, 1].
-        weights: How often an answer is drawn, above 0, adding up to 1; uniform if None. They decide what matters
+        weights: How often an answer is drawn, at least 0, adding up to 1; uniform if None. They decide what matters
             where preferences run in circles.
         tolerance: Largest difference between a win rate and its prediction. Where an answer always wins, scores grow
             until this is met.
@@ -66,7 +66,7 @@ def bradley_terry(
 
     Raises:
         ValueError: If shapes do not match, preferences are no probabilities that complement each other, or weights are
-            not above 0 or do not add up to 1.
+            below 0 or do not add up to 1.
 
     Example:
         >>> bradley_terry(torch.tensor([[0.5, 0.75], [0.25, 0.5]])).scores  # half of log 3, up and down
@@ -82,7 +82,7 @@ def bradley_terry(
     checks.floating(weights, "weights")
     if weights.dim() == 0 or weights.shape[-1] != answers:
         raise ValueError(f"weights must have shape (*prompts, {answers}), got {tuple(weights.shape)}")
-    checks.require(weights > 0, lambda: "weights must be above 0 and finite")
+    checks.require(weights >= 0, lambda: "weights must be at least 0 and finite")
     checks.require((weights.sum(-1) - 1).abs() <= 1e-3, lambda: "weights must add up to 1")
     checks.positive(tolerance, "tolerance")
     budget = Budget(max_iter, max_seconds)
