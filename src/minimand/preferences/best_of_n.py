@@ -129,7 +129,8 @@ def expected_best_of_n(
     Source:
         Nakano et al. 2021, arXiv 2112.09332, appendix I; Coste et al. 2024, arXiv 2310.02743. Ties are ours.
     """
-    return _expectations(proxy, gold, (n,))[..., 0]
+    _, values = _sorted(proxy, gold)
+    return values @ best_of_n_weights(proxy.shape[-1], n).to(values)
 
 
 def best_of_n_curve(
@@ -160,9 +161,13 @@ def best_of_n_curve(
     sizes = tuple(n)
     if not sizes:
         raise ValueError("n must name at least one size, got none")
-    golds, proxies = _expectations(proxy, gold, sizes), _expectations(proxy, proxy, sizes)
+    scores = torch.stack(_sorted(proxy, gold))
+    # The mean over prompts first: the estimates are linear in the sorted scores.
+    ranked = scores.reshape(2, -1, proxy.shape[-1]).mean(1)
+    weights = torch.stack([best_of_n_weights(proxy.shape[-1], size) for size in sizes])
+    proxies, golds = (weights.to(ranked) @ ranked.T).unbind(1)
     kl = torch.tensor([best_of_n_kl(size) for size in sizes], dtype=proxy.dtype, device=proxy.device)
-    return BestOfNCurve(sizes, kl, proxies.flatten(0, -2).mean(0), golds.flatten(0, -2).mean(0))
+    return BestOfNCurve(sizes, kl, proxies, golds)
 
 
 def best_of_n_kl(n: int) -> float:
@@ -192,8 +197,8 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def _expectations(proxy: Tensor, gold: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return the estimates for all sizes, ``(*prompts, sizes)``."""
+def _sorted(proxy: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    """Return proxy scores in ascending order and the gold scores beside them, those of equal ones averaged."""
     _check_table(proxy, "proxy")
     _check_table(gold, "gold")
     if gold.shape != proxy.shape:
@@ -202,9 +207,8 @@ def _expectations(proxy: Tensor, gold: Tensor, sizes: Sequence[int]) -> Tensor:
     values = gold.gather(-1, order)
     # Number the groups of equal proxy scores, and give every answer its group's mean.
     group = functional.pad(ascending.diff() != 0, (1, 0)).cumsum(-1)
-    values = torch.zeros_like(values).scatter_reduce(-1, group, values, "mean", include_self=False).gather(-1, group)
-    weights = torch.stack([best_of_n_weights(proxy.shape[-1], size) for size in sizes], 1)
-    return values @ weights.to(values)
+    means = torch.zeros_like(values).scatter_reduce(-1, group, values, "mean", include_self=False)
+    return ascending, means.gather(-1, group)
 
 
 def _check_table(value: Tensor, name: str) -> None:

@@ -354,21 +354,23 @@ def fit_reward_heads(
     checks.non_negative(weight_decay, "weight_decay")
     loss = PairwiseRewardLoss() if loss is None else loss
     weight = heads.weights[0]
-    pairs = torch.stack([chosen, rejected], 1).to(weight)
+    pairs = torch.stack([chosen, rejected], 1).detach().to(weight)
     heads.fit_features(pairs.flatten(0, 1))
-    pairs = heads._scaled(pairs)
-    samples = len(pairs)
-    generators = [_generator(seed, member, "order") for member in range(heads.num_members)]
-    drawn = [torch.randint(samples, (samples,), generator=one) if bootstrap else None for one in generators]
+    pairs = heads._scaled(pairs).flatten(1)
+    samples, members = len(pairs), heads.num_members
+    generators = [_generator(seed, member, "order") for member in range(members)]
+    resamples = [torch.randint(samples, (samples,), generator=one) if bootstrap else None for one in generators]
     optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    # Every step's rows are gathered into the same memory.
+    drawn = pairs.new_empty(members * min(batch_size, samples), pairs.shape[1])
     history = []
     for _ in range(epochs):
         orders = [shuffled_batches(samples, batch_size, generator) for generator in generators]
-        index = torch.stack([o if own is None else own[o] for o, own in zip(orders, drawn, strict=True)], 1)
-        total = weight.new_zeros(heads.num_members)
+        index = torch.stack([o if own is None else own[o] for o, own in zip(orders, resamples, strict=True)], 1)
+        total = weight.new_zeros(members)
         for batch in index.to(weight.device):
-            rows = pairs[batch]  # (members, batch, 2, features)
-            scores = heads._score(rows.flatten(1, 2)).unflatten(1, (-1, 2))
+            torch.index_select(pairs, 0, batch.flatten(), out=drawn)
+            scores = heads._score(drawn.view(members, -1, chosen.shape[1])).unflatten(1, (-1, 2))
             means = _pair_losses(scores[..., 0], scores[..., 1], loss.score_decay, loss.label_smoothing).mean(1)
             optimizer.zero_grad()
             # Members share no parameter, so the gradient of the sum is each one's own.
@@ -398,6 +400,10 @@ class RewardEnsemble(nn.Module):
             unit 1 give it its meaning: with every score doubled the penalty counts four times.
         unbiased: Whether the variance divides by k - 1 in place of k.
         standardize: Whether members are scaled by ``fit_scale``.
+
+    Attributes:
+        center: Mean of each member's scores over the reference, ``(members,)``.
+        spread: Their standard deviation, ``(members,)``.
 
     Example:
         >>> reward = RewardEnsemble(RewardHeads(8), method="uncertainty-weighted", penalty=0.1)
