@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import html
 import pathlib
 import re
@@ -91,6 +90,32 @@ class PairSplits:
 
 
 @dataclasses.dataclass(frozen=True)
+class MakeObjective:
+    """Builds an objective, or says how to.
+
+    Args:
+        kind: Its class.
+        settings: Its arguments, as (name, value).
+        reads_hidden: Whether its first argument is the width of the model's hidden states.
+    """
+
+    kind: type[Any]
+    settings: tuple[tuple[str, Any], ...] = ()
+    reads_hidden: bool = False
+
+    def __call__(self, width: int) -> Any:
+        """Build the objective for hidden states of that width."""
+        return self.kind(*([width] if self.reads_hidden else []), **dict(self.settings))
+
+    def code(self) -> str:
+        """Return the call that builds it beside a ``model``."""
+        arguments = ["model.config.hidden_size"] if self.reads_hidden else []
+        return (
+            f"{self.kind.__name__}({', '.join([*arguments, *(f'{name}={value!r}' for name, value in self.settings)])})"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainPolicy:
     """A contender: a language model trained by one objective.
 
@@ -100,7 +125,7 @@ class TrainPolicy:
         rounds: Rounds of self-play on the given pairs, for an objective that knows of them.
     """
 
-    make_objective: Callable[[int], Any]
+    make_objective: MakeObjective
     recipe: PairRecipe
     rounds: int = 1
 
@@ -173,30 +198,24 @@ def _measured(data: PreparedPairs, policy: Any, places: Sequence[int]) -> dict[s
     }
 
 
-def _objectives() -> dict[str, tuple[Callable[[int], Any], int]]:
-    def plain(make: Callable[..., Any], **settings: Any) -> Callable[[int], Any]:
-        return functools.partial(_without_width, make, tuple(settings.items()))
-
+def _objectives() -> dict[str, tuple[MakeObjective, int]]:
+    """Name every objective, with how it is built and in how many rounds it is trained."""
     return {
-        "SFT": (plain(SFTLoss), 1),
-        "implicit-reward SFT": (plain(ImplicitRewardSFTLoss, divergence="pearson"), 1),
-        "DPO": (plain(DPOLoss), 1),
-        "IPO": (plain(IPOLoss), 1),
-        "SLiC": (plain(SLiCLoss), 1),
-        "KTO": (plain(KTOLoss), 1),
-        "SimPO": (plain(SimPOLoss), 1),
-        "CPO": (plain(CPOLoss), 1),
-        "ORPO": (plain(ORPOLoss), 1),
-        "DPOP": (plain(DPOPLoss), 1),
-        "RPO": (plain(RPOLoss, sft="mean", eta=0.2), 1),
-        "INPO": (plain(INPOLoss, eta=0.1), 2),
-        "normalized pairs": (plain(NormalizedPairLoss), 1),
-        "sparse token mask": (SparseTokenMask, 1),
+        "SFT": (MakeObjective(SFTLoss), 1),
+        "implicit-reward SFT": (MakeObjective(ImplicitRewardSFTLoss, (("divergence", "pearson"),)), 1),
+        "DPO": (MakeObjective(DPOLoss), 1),
+        "IPO": (MakeObjective(IPOLoss), 1),
+        "SLiC": (MakeObjective(SLiCLoss), 1),
+        "KTO": (MakeObjective(KTOLoss), 1),
+        "SimPO": (MakeObjective(SimPOLoss), 1),
+        "CPO": (MakeObjective(CPOLoss), 1),
+        "ORPO": (MakeObjective(ORPOLoss), 1),
+        "DPOP": (MakeObjective(DPOPLoss), 1),
+        "RPO": (MakeObjective(RPOLoss, (("sft", "mean"), ("eta", 0.2))), 1),
+        "INPO": (MakeObjective(INPOLoss, (("eta", 0.1),)), 2),
+        "normalized pairs": (MakeObjective(NormalizedPairLoss), 1),
+        "sparse token mask": (MakeObjective(SparseTokenMask, reads_hidden=True), 1),
     }
-
-
-def _without_width(make: Callable[..., Any], settings: tuple[tuple[str, Any], ...], width: int) -> Any:
-    return make(**dict(settings))
 
 
 def preferences_study(
@@ -315,47 +334,46 @@ def winner_code(study: Study, winner: str) -> str:
     problem: PairSplits = study.problem  # type: ignore[assignment]
     source = problem.source
     contender = study.contenders[winner]
-    if not isinstance(contender, TrainPolicy):
+    load = f"model, tokenizer = load_language_model({source.model!r})"
+    if isinstance(contender, Untrained):
         return (
-            "from minimand.bench.preferences import PairSplits, preferences_study\n\n"
-            f"study = preferences_study({source.path!r}, model={source.model!r})\n"
-            "data = study.problem(None, seed=0).data\n"
-            "chosen, rejected = data.features(range(len(data.pairs)))  # train a reward model, or gather more pairs"
+            "# No objective was shown to beat the model as it is: more pairs, steps or seeds may tell.\n"
+            f"from minimand.preferences import load_language_model\n\n{load}"
         )
-    objective = contender.make_objective(0) if winner != "sparse token mask" else None
-    name = type(objective).__name__ if objective is not None else "SparseTokenMask"
-    settings = dict(contender.make_objective.args[1]) if isinstance(contender.make_objective, functools.partial) else {}
-    arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-    if objective is None:
-        arguments = "model.config.hidden_size"
-    rate = max(problem_rates(study))
+    if isinstance(contender, TrainRewardHeads):
+        arguments = f"{source.path!r}, model={source.model!r}, train={source.part!r}"
+        return (
+            "import torch\n\n"
+            "from minimand.bench.preferences import preferences_study\n"
+            "from minimand.preferences import RewardEnsemble, RewardHeads, fit_reward_heads\n\n"
+            f"data = preferences_study({arguments}).problem(None, seed=0).data\n"
+            "chosen, rejected = data.features(range(len(data.pairs)))  # of the reference, at each answer's end\n"
+            f"heads = RewardHeads(chosen.shape[1], num_members={contender.members}, hidden=())\n"
+            "fit_reward_heads(heads, chosen, rejected, batch_size=32, weight_decay=1e-2)\n"
+            "reward = RewardEnsemble(heads).fit_scale(torch.cat([chosen, rejected]))"
+        )
+    assert isinstance(contender, TrainPolicy)
+    make = contender.make_objective
+    pairs = f"read_pairs({source.path!r})" if source.path is not None else "fact_pairs()"
+    reader = "read_pairs, " if source.path is not None else ""
     lines = [
         "from datasets import Dataset",
         "from trl import DPOConfig",
-        f"from minimand.preferences import {name}, load_language_model, read_pairs",
+        *([] if source.path is not None else ["from minimand.bench.facts import fact_pairs"]),
+        f"from minimand.preferences import {make.kind.__name__}, load_language_model, {reader}train_only",
         "from minimand.preferences.trl import PairLossTrainer",
         "",
-        f"model, tokenizer = load_language_model({source.model!r})",
-    ]
-    if source.path is None:
-        lines[2:2] = ["from minimand.bench.facts import fact_pairs"]
-        lines.append("pairs = Dataset.from_list(fact_pairs())")
-    else:
-        lines.append(f"pairs = Dataset.from_list(read_pairs({source.path!r}))")
-    lines += [
-        f'settings = DPOConfig(output_dir="policy", learning_rate={rate:g}, num_train_epochs=1)',
-        f"objective = {name}({arguments})",
+        load,
+        f"model = train_only(model, {source.part!r})",
+        f"pairs = Dataset.from_list({pairs})",
+        f'settings = DPOConfig(output_dir="policy", learning_rate={max(study.settings["rates"]):g})',
         "trainer = PairLossTrainer(",
-        "    model, settings, train_dataset=pairs, processing_class=tokenizer, objective=objective",
+        "    model, settings, train_dataset=pairs, processing_class=tokenizer,",
+        f"    objective={make.code()},",
         ")",
         "trainer.train()",
     ]
     return "\n".join(lines)
-
-
-def problem_rates(study: Study) -> tuple[float, ...]:
-    """Return the learning rates that a comparison chose from."""
-    return tuple(study.settings["rates"])
 
 
 def drift_figure(study: Study, record: dict[str, Any]) -> list[dict[str, str]]:
