@@ -219,7 +219,7 @@ class EntanglementCallback:
         colors = ("tab:green", "tab:cyan", "tab:red", "lightgray")
         regimes.stackplot(steps, *shares, rest, labels=labels, colors=colors, step="mid")
         regimes.set_ylim(0, 1)
-        regimes.set_title("Share of pairs, by where a step takes them")
+        regimes.set_title("Where a step takes the pairs (share)")
         for axes in (likely, entangled, regimes):
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
