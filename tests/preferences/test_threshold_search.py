@@ -144,6 +144,7 @@ def test_the_result_is_the_best_of_what_was_told_and_ask_goes_on_with_it():
     while search.status is None:
         told.append((search.ask(), -rosenbrock(search.ask().numpy())))
         search.tell(told[-1][1])
+        assert torch.equal(search.best, max(told, key=lambda pair: pair[1])[0])
     best = max(told, key=lambda pair: pair[1])
     assert search.status is Stop.ITERATION_LIMIT
     assert torch.equal(search.result.thresholds, best[0])

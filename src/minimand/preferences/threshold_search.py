@@ -131,7 +131,7 @@ class ThresholdSearch:
 
         They are of the dtype and on the device of ``bounds``.
         """
-        return self._tensor(self._pending if self.status is None else self._best()[0])
+        return self._tensor(self._pending) if self.status is None else self.best
 
     def tell(self, evaluation: float) -> None:
         """Say how good the policy trained towards the thresholds asked is.
@@ -163,6 +163,11 @@ class ThresholdSearch:
         while self.status is None:
             self.tell(float(evaluate(self.ask())))
         return self.result
+
+    @property
+    def best(self) -> Float[Tensor, " rewards"]:
+        """The best thresholds that were told so far; the first vertex before any was."""
+        return self._tensor(self._best()[0])
 
     @property
     def evaluations(self) -> int:
