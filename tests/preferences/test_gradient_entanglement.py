@@ -687,6 +687,15 @@ def test_layer_gradients_leave_the_step_as_it_was():
         assert torch.equal(one, other)
 
 
+def test_the_last_layers_of_torchs_own_transformer_are_those_that_are_called():
+    blocks = nn.ModuleList(nn.TransformerEncoderLayer(WIDTH, 2, 8, 0.0, batch_first=True) for _ in range(2)).double()
+    layers = last_linear_layers(blocks)
+    assert layers == [blocks[1].linear1, blocks[1].linear2]
+    with LayerGradients(layers) as record:
+        logp = blocks[1](blocks[0](normal(2 * PAIRS, TOKENS, WIDTH))).log_softmax(-1)[..., 0].sum(-1).chunk(2)
+    assert_same(record.pair_gradients(*logp).entanglement(), slow(blocks, logp, layers))
+
+
 @pytest.mark.untyped
 def test_layer_gradients_say_what_is_wrong():
     policy = Policy()
@@ -697,7 +706,7 @@ def test_layer_gradients_say_what_is_wrong():
         LayerGradients([])
     record = LayerGradients(policy.blocks)
     logp = policy.logp(chosen), policy.logp(rejected)
-    with pytest.raises(ValueError, match="recorded nothing"):
+    with pytest.raises(ValueError, match=r"layers\[0\] recorded nothing"):
         record.pair_gradients(*logp)
     with record, torch.no_grad():
         policy.logp(chosen)

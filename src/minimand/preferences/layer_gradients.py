@@ -171,8 +171,9 @@ class LayerGradients:
             checks.not_empty(value, name)
             checks.finite(value.detach(), name)
         calls = [call for of_layer in self._calls for call in of_layer]
-        if not all(self._calls):
-            raise ValueError("a layer recorded nothing: run the forward pass inside the `with` block, once a step")
+        for number, of_layer in enumerate(self._calls):
+            if not of_layer:
+                raise ValueError(f"layers[{number}] recorded nothing: run the forward pass inside the `with` block")
         for inputs, output, input_version, output_version in calls:
             if not output.requires_grad:
                 raise ValueError("a layer ran without a graph: enable gradients, and switch gradient checkpointing off")
@@ -226,7 +227,10 @@ def last_linear_layers(model: nn.Module, *, num_blocks: int = 1) -> list[nn.Modu
         layer
         for block in list(blocks(model))[-num_blocks:]
         for layer in block.modules()
-        if _is_linear(layer) and layer.weight.requires_grad
+        # The last layer of nn.MultiheadAttention is never called: its weight is read.
+        if _is_linear(layer)
+        and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        and layer.weight.requires_grad
     ]
     if not found:
         raise ValueError("the last blocks of the model have no trained linear layer: name the layers yourself")
