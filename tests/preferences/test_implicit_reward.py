@@ -1,5 +1,6 @@
 """Fine-tuning as the learning of an implicit reward, against its mathematics (Wang et al. 2025)."""
 
+import dataclasses
 import math
 
 import cvxpy
@@ -19,7 +20,7 @@ from minimand.preferences import (
     implicit_reward_sft_loss,
     logits_as_q,
 )
-from minimand.preferences.f_matching import DUALS
+from minimand.preferences.f_matching import DUALS, _tilt
 from minimand.stopping import Stop
 
 F64 = torch.float64
@@ -472,6 +473,21 @@ def test_descending_the_loss_over_all_responses_with_learned_values_reaches_the_
     torch.testing.assert_close(logits.softmax(-1), exact.policy, rtol=0, atol=1e-6)
     torch.testing.assert_close(value.squeeze(-1), exact.value, rtol=0, atol=1e-6)
     assert -closure().item() * beta == pytest.approx(exact.objective.sum().item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("divergence", CURVED)
+@pytest.mark.parametrize("beta", [1e-3, 0.1, 1.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_the_equation_of_one_response_is_solved_at_any_ratio_in_few_newton_steps(divergence, beta, dtype):
+    size, steps = torch.logspace(-8, 6, 200, dtype=dtype), []
+    ratio = torch.cat([-size.flip(0), torch.zeros(1, dtype=dtype), size])
+    exact = DUALS[divergence]
+    counted = dataclasses.replace(exact, reward=lambda s: steps.append(1) or exact.reward(s))
+    tilt = _tilt(ratio, counted, divergence, beta)
+    scaled = exact.reward(tilt) / beta
+    error = (scaled - tilt - ratio).abs() / (scaled.abs() + tilt.abs() + ratio.abs()).clamp_min(1e-30)
+    assert error.max() < 20 * torch.finfo(dtype).eps
+    assert len(steps) <= 15
 
 
 @pytest.mark.parametrize("divergence", ALL)

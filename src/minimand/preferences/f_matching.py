@@ -60,6 +60,10 @@ class Dual:
     convex: bool = True
 
 
+def _less_a_quarter_of_its_square(x: Tensor) -> Tensor:
+    return torch.addcmul(x, x, x, value=-0.25)
+
+
 DUALS: dict[str, Dual] = {
     "total_variation": Dual(
         objective=lambda x: x,
@@ -84,7 +88,7 @@ DUALS: dict[str, Dual] = {
     ),
     "pearson": Dual(
         # Past 2 the supremum over non-negative policies is flat.
-        objective=lambda x: x.clamp_max(2) * (1 - x.clamp_max(2) / 4),
+        objective=lambda x: _less_a_quarter_of_its_square(x.clamp_max(2)),
         weight=lambda x: (1 - x / 2).clamp_min(0),
         reward=lambda s: -2 * torch.expm1(s),
         slope=lambda s: -2 * torch.exp(s),
@@ -110,7 +114,8 @@ DUALS: dict[str, Dual] = {
         objective=lambda x: torch.log1p(-torch.expm1(-x)),
         # exp(-x) / (2 - exp(-x)): unlike 1 / (2 exp(x) - 1) it cannot overflow.
         weight=lambda x: torch.exp(-x) / (1 - torch.expm1(-x)),
-        reward=lambda s: torch.nn.functional.softplus(-s, threshold=40) - math.log(2),
+        # log((1 + exp(-s)) / 2), exact near 0 and without overflow.
+        reward=lambda s: (-s).clamp_min(0) + torch.log1p(torch.expm1(-s.abs()) / 2),
         slope=lambda s: -torch.sigmoid(-s),
         lowest=-math.log(2),
     ),

@@ -71,8 +71,7 @@ def implicit_reward(
         Wang et al. 2025, arXiv 2507.00018; Rafailov et al. 2023, arXiv 2305.18290, equation 5.
     """
     checks.positive(beta, "beta")
-    _check_log_probabilities(logp, ref_logp, None)
-    return beta * (logp - ref_logp)
+    return beta * _log_ratio(logp, ref_logp, None)
 
 
 def demonstration_weights(
@@ -157,14 +156,10 @@ def implicit_reward_sft_loss(
     """
     checks.positive(beta, "beta")
     _check_family(divergence, max_weight)
-    if ref_logp is None:
-        if divergence != "total_variation":
-            raise ValueError(f"ref_logp is missing: {divergence!r} compares the policy with a reference")
-        ref_logp = torch.zeros_like(logp)
-    _check_log_probabilities(logp, ref_logp, mask)
-    reward = beta * (logp - ref_logp)
-    if mask is not None:
-        reward = torch.where(mask, reward, torch.zeros_like(reward))
+    if ref_logp is None and divergence != "total_variation":
+        raise ValueError(f"ref_logp is missing: {divergence!r} compares the policy with a reference")
+    log_ratio = _log_ratio(logp, ref_logp, mask)
+    reward = beta * log_ratio
     if isinstance(value, str):
         checks.one_of(value, "value", ("optimal",))
         # V is the best one, so the gradient that goes through it is zero: the envelope theorem.
@@ -178,7 +173,7 @@ def implicit_reward_sft_loss(
     elif not math.isfinite(value):
         raise ValueError(f"value must be finite, got {value}")
     if divergence == "total_variation":
-        losses = -reward / beta  # V cancels, and must not be added and taken away again
+        losses = -log_ratio  # beta and V cancel, and must not be put in and taken out again
     else:
         losses = (value - _objective(reward + value, divergence, max_weight)) / beta
     return losses if mask is None else torch.where(mask, losses, torch.zeros_like(losses))
@@ -288,8 +283,11 @@ class ImplicitRewardSFTLoss(nn.Module):
             value=treatment,
             max_weight=self.max_weight,
         )
-        weight = None if mask is None else mask.to(losses.dtype).flatten()
-        return reduce(losses.flatten(), self.reduction, row_weight=weight, shape=losses.shape)
+        if mask is None or self.reduction in ("sum", "none"):  # a padded token's loss is 0
+            return reduce(losses.flatten(), self.reduction, shape=losses.shape)
+        if self.reduction == "mean":
+            return reduce(losses.flatten(), "sum") / mask.sum()
+        return reduce(losses.flatten(), self.reduction, row_weight=mask.flatten().to(losses))
 
     def from_tokens(self, tokens: PairTokens) -> Float[Tensor, "*reduced"]:
         """Compute the loss of the chosen answers of a batch of pairs, as trainers on pairs call it."""
@@ -393,11 +391,8 @@ def _objective(reward: Tensor, divergence: str, max_weight: float) -> Tensor:
     dual = DUALS[divergence]
     if divergence == "total_variation":
         return reward
-    start = dual.reward(reward.new_full((), math.log(max_weight)))
-    below = reward < start
-    # Both branches are given numbers they can take: the gradient of the one not chosen would be NaN otherwise.
-    curved = dual.objective(torch.where(below, start, reward))
-    return curved + torch.where(below, max_weight * (reward - start), torch.zeros_like(reward))
+    inside = reward.clamp_min(dual.reward(reward.new_full((), math.log(max_weight))))
+    return torch.add(dual.objective(inside), reward - inside, alpha=max_weight)
 
 
 def _weights(reward: Tensor, divergence: str, max_weight: float) -> Tensor:
@@ -425,6 +420,22 @@ def _optimal_value(reward: Tensor, mask: Tensor | None, divergence: str, max_wei
     return (low + high) / 2
 
 
+def _log_ratio(logp: Tensor, ref_logp: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return the policy's log-probabilities over the reference's, checked, 0 at padding."""
+    _check_log_probabilities(logp, ref_logp, mask)
+    ratio = logp if ref_logp is None else logp - ref_logp
+    if mask is not None:
+        ratio = torch.where(mask, ratio, torch.zeros_like(ratio))
+    # One look at the difference: it is finite where both are.
+    checks.require(torch.isfinite(ratio.detach()), lambda: f"{_culprit(logp, mask)} contains NaN or infinity")
+    return ratio
+
+
+def _culprit(logp: Tensor, mask: Tensor | None) -> str:
+    counted = logp if mask is None else logp[mask]
+    return "ref_logp" if bool(torch.isfinite(counted).all()) else "logp"
+
+
 def _total(logp: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return logp.sum(-1)
@@ -446,15 +457,14 @@ def _check_mask(mask: Tensor, like: Tensor) -> None:
     checks.require(mask.any(-1), lambda: "mask leaves an answer without a token")
 
 
-def _check_log_probabilities(logp: Tensor, ref_logp: Tensor, mask: Tensor | None) -> None:
-    for name, given in (("logp", logp), ("ref_logp", ref_logp)):
-        checks.floating(given, name)
-        if given.shape != logp.shape:
-            raise ValueError(f"{name} must have shape {tuple(logp.shape)}, got {tuple(given.shape)}")
+def _check_log_probabilities(logp: Tensor, ref_logp: Tensor | None, mask: Tensor | None) -> None:
+    checks.floating(logp, "logp")
     checks.not_empty(logp, "logp")
     if mask is not None:
         _check_mask(mask, logp)
-    for name, given in (("logp", logp), ("ref_logp", ref_logp)):
-        checks.finite(given if mask is None else given.detach().masked_fill(~mask, 0.0), name)
-    if ref_logp.requires_grad:
-        raise ValueError("ref_logp requires a gradient: compute the reference under torch.no_grad()")
+    if ref_logp is not None:
+        checks.floating(ref_logp, "ref_logp")
+        if ref_logp.shape != logp.shape:
+            raise ValueError(f"ref_logp must have shape {tuple(logp.shape)}, got {tuple(ref_logp.shape)}")
+        if ref_logp.requires_grad:
+            raise ValueError("ref_logp requires a gradient: compute the reference under torch.no_grad()")
