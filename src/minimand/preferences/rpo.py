@@ -309,7 +309,7 @@ def coverage_coefficient(
 
     Source:
         Liu et al. 2024, arXiv 2405.16436, section 5; the bound for infinitely many pairs follows from the game's
-        optimality and the strong convexity of the logistic loss on [-R, R] (ours, with a better constant).
+        optimality and the strong convexity of the logistic loss on [-R, R] (derived here).
     """
     for value, name in ((rewards, "rewards"), (true_reward, "true_reward")):
         checks.floating(value, name)

@@ -22,7 +22,7 @@ CONDITIONS = (TRAP, HARMLESS, EVERYTHING, POOR)
 
 ANSWERS, COMPARED, FEATURES, PAIRS, HELD_OUT = 60, 15, 20, 150, 30
 STEPS, EVERY, BETA = 400, 10, 0.1
-TESTED, TUNED_ON = 4, 6
+TESTED, TUNED_ON = 12, 12
 
 LATE, BEST, LOST = "gold reward, late", "gold reward, best step", "gold reward lost after the best step"
 CHOSEN, UNSEEN = "change of chosen log-probability", "probability of unseen answers"
@@ -101,7 +101,7 @@ def draw(count: int, condition: str, generator: torch.Generator) -> Bandits:
 
 
 def problem(source: Any, seed: int) -> Data:
-    """Draw four bandits a condition, and six of the central condition to choose settings on."""
+    """Draw twelve bandits a condition, and twelve more of the central condition to choose settings on."""
     generator = torch.Generator().manual_seed(seed)
     tests = [draw(TESTED, condition, generator) for condition in CONDITIONS]
     together = {
@@ -286,15 +286,16 @@ study = Study(
     ),
     seeds=10,
     about=(
-        "A log-linear policy of 20 features chooses among 60 answers; 150 pairs compare 15 of them, the others are worse "
-        "than they look by 3 points of gold reward. Four bandits a cell and condition."
+        "A log-linear policy of 20 features chooses among 60 answers. 150 pairs compare 15 of them; the others are "
+        "worse than they look, by 3 points of gold reward. Twelve bandits a cell and condition."
     ),
     notes=(
         "Tuned contenders choose among 18 settings (six strengths, three learning rates; 18 rates for SFT) by the mean "
-        "gold reward on six bandits of the central condition that are not tested on, once for the last step and once "
-        "for the best; with the former they are also measured in the other conditions. RPO and DPOP keep beta at 0.1, "
-        "DPO and IPO choose theirs. The best step of a run is found by the gold reward itself, which nobody could do in "
-        "use. DPO that stops early trains on 120 pairs and returns the step that fits the other 30 best. An answer is "
-        "one token here, so RPO's two forms coincide. The paper's language models are not reproduced."
+        "gold reward on twelve other bandits of the central condition, once for the last step and once for the best "
+        "step; with the former they are also measured in the other conditions. RPO and DPOP keep beta at 0.1, DPO and "
+        "IPO choose theirs; at the smallest their losses are all but linear. RPO's fixed eta of 0.2 comes from earlier "
+        "runs on such bandits. The best step of a run is found by the gold reward itself, as nobody could in use. DPO "
+        "that stops early trains on 120 pairs and returns the step that fits the other 30 best. An answer is one token "
+        "here, so RPO's two forms coincide. The paper's language models are not reproduced."
     ),
 )
