@@ -107,7 +107,7 @@ def table():
         return weight, weight
 
     def rdpo(p):
-        weight = BETA * sigmoid(-(BETA * margin(p) + 0.2 * (p.chosen_lengths - p.rejected_lengths)))
+        weight = BETA * sigmoid(-(BETA * margin(p) + 0.2 * (p.chosen_lengths - p.rejected_lengths).double()))
         return weight, weight
 
     def ipo(p):
