@@ -110,9 +110,8 @@ class MakeObjective:
     def code(self) -> str:
         """Return the call that builds it beside a ``model``."""
         arguments = ["model.config.hidden_size"] if self.reads_hidden else []
-        return (
-            f"{self.kind.__name__}({', '.join([*arguments, *(f'{name}={value!r}' for name, value in self.settings)])})"
-        )
+        arguments += [f"{name}={value!r}" for name, value in self.settings]
+        return f"{self.kind.__name__}({', '.join(arguments)})"
 
 
 @dataclasses.dataclass(frozen=True)

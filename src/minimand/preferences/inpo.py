@@ -81,23 +81,9 @@ def inpo_loss(
     Source:
         Zhang et al. 2024, arXiv 2407.00617, section 3.
     """
-    check_pairs(PairLogProbabilities(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected), reference=True)
-    ratio = _ratio(eta, tau)
-    anchor = ref_logp_chosen - ref_logp_rejected
-    if prev_logp_chosen is not None and prev_logp_rejected is not None:
-        _check_fixed(prev_logp_chosen, "prev_logp_chosen", logp_chosen)
-        _check_fixed(prev_logp_rejected, "prev_logp_rejected", logp_chosen)
-        anchor = ratio * anchor + (1 - ratio) * (prev_logp_chosen - prev_logp_rejected)
-    elif prev_logp_chosen is not None or prev_logp_rejected is not None:
-        raise ValueError("prev_logp_chosen and prev_logp_rejected must be given together")
-    h = logp_chosen - logp_rejected - anchor
-    losses = (h - 0.5 / eta).square()
-    if preference is None:
-        return losses
-    _check_fixed(preference, "preference", logp_chosen)
-    checks.require((preference >= 0) & (preference <= 1), lambda: "preference must hold probabilities, between 0 and 1")
-    # (h + c)^2 = (h - c)^2 + 4 c h, and c = 1 / (2 eta).
-    return losses + (1 - preference) * (2 / eta) * h
+    pairs = PairLogProbabilities(logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected)
+    check_pairs(pairs, reference=True)
+    return _losses(pairs, (prev_logp_chosen, prev_logp_rejected), preference, eta=eta, ratio=_ratio(eta, tau))
 
 
 class INPOLoss(PairLoss):
@@ -132,8 +118,8 @@ class INPOLoss(PairLoss):
         self.tau = eta / 3 if tau is None else tau
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities, as in the first round."""
-        return inpo_loss(pairs.chosen, pairs.rejected, *pairs.references(), eta=self.eta, tau=self.tau)
+        """Compute the loss of each pair, as in the first round."""
+        return _losses(pairs, (None, None), None, eta=self.eta, ratio=self.ratio)
 
     def forward(
         self,
@@ -172,17 +158,8 @@ class INPOLoss(PairLoss):
             logp_chosen, logp_rejected, ref_logp_chosen, ref_logp_rejected, chosen_lengths, rejected_lengths
         )
         check_pairs(pairs, reference=True)
-        losses = inpo_loss(
-            logp_chosen,
-            logp_rejected,
-            *pairs.references(),
-            prev_logp_chosen=prev_logp_chosen,
-            prev_logp_rejected=prev_logp_rejected,
-            preference=preference,
-            eta=self.eta,
-            tau=self.tau,
-        )
-        return reduce(losses, self.reduction)
+        previous = prev_logp_chosen, prev_logp_rejected
+        return reduce(_losses(pairs, previous, preference, eta=self.eta, ratio=self.ratio), self.reduction)
 
     def mixed_reference(
         self, ref_logp: Float[Tensor, "*shape"], prev_logp: Float[Tensor, "*shape"]
@@ -201,6 +178,33 @@ class INPOLoss(PairLoss):
     def extra_repr(self) -> str:
         """Say the settings."""
         return f"eta={self.eta}, tau={self.tau}"
+
+
+def _losses(
+    pairs: PairLogProbabilities,
+    previous: tuple[Tensor | None, Tensor | None],
+    preference: Tensor | None,
+    *,
+    eta: float,
+    ratio: float,
+) -> Tensor:
+    ref_chosen, ref_rejected = pairs.references()
+    prev_chosen, prev_rejected = previous
+    anchor = ref_chosen - ref_rejected
+    if prev_chosen is not None and prev_rejected is not None:
+        _check_fixed(prev_chosen, "prev_logp_chosen", pairs.chosen)
+        _check_fixed(prev_rejected, "prev_logp_rejected", pairs.chosen)
+        anchor = ratio * anchor + (1 - ratio) * (prev_chosen - prev_rejected)
+    elif prev_chosen is not None or prev_rejected is not None:
+        raise ValueError("prev_logp_chosen and prev_logp_rejected must be given together")
+    h = pairs.chosen - pairs.rejected - anchor
+    losses = (h - 0.5 / eta).square()
+    if preference is None:
+        return losses
+    _check_fixed(preference, "preference", pairs.chosen)
+    checks.require((preference >= 0) & (preference <= 1), lambda: "preference must hold probabilities, between 0 and 1")
+    # (h + c)^2 = (h - c)^2 + 4 c h, and c = 1 / (2 eta).
+    return losses + (1 - preference) * (2 / eta) * h
 
 
 def _ratio(eta: float, tau: float | None) -> float:

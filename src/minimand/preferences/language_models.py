@@ -97,6 +97,8 @@ def smollm2_folder() -> pathlib.Path:
             model.save_pretrained(draft)
     except ImportError as error:
         raise ImportError(f"to convert SmolLM2-135M install minimand[preferences]: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the package {_PACKAGE} cannot be converted: {str(error).splitlines()[0]}") from None
     return folder
 
 

@@ -90,7 +90,7 @@ class DPOLoss(PairLoss):
         self.label_smoothing = label_smoothing
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities."""
+        """Compute the loss of each pair."""
         return dpo_loss(
             pairs.chosen, pairs.rejected, *pairs.references(), beta=self.beta, label_smoothing=self.label_smoothing
         )
@@ -182,7 +182,7 @@ class IPOLoss(PairLoss):
         self.needs_lengths = length_normalized
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities."""
+        """Compute the loss of each pair."""
         return ipo_loss(
             pairs.chosen,
             pairs.rejected,
@@ -259,7 +259,7 @@ class HingeLoss(PairLoss):
         self.beta = beta
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities."""
+        """Compute the loss of each pair."""
         return hinge_loss(pairs.chosen, pairs.rejected, *pairs.references(), beta=self.beta)
 
     def extra_repr(self) -> str:
@@ -338,7 +338,7 @@ class DPOPLoss(PairLoss):
         self.penalty = penalty
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities."""
+        """Compute the loss of each pair."""
         return dpop_loss(pairs.chosen, pairs.rejected, *pairs.references(), beta=self.beta, penalty=self.penalty)
 
     def extra_repr(self) -> str:
@@ -431,7 +431,7 @@ class RDPOLoss(PairLoss):
         self.length_penalty = length_penalty
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities."""
+        """Compute the loss of each pair."""
         chosen_lengths, rejected_lengths = pairs.lengths()
         return rdpo_loss(
             pairs.chosen,

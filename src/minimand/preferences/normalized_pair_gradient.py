@@ -140,7 +140,7 @@ class NormalizedPairLoss(PairLoss):
             self.needs_reference = False  # type: ignore[misc]
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities."""
+        """Compute the loss of each pair."""
         coefficients = None if self.base is None else margin_coefficients(self.base, pairs)
         weights = _weights(pairs.chosen, pairs.rejected, coefficients, self.per, self.eps)
         if not (torch.is_grad_enabled() and pairs.chosen.requires_grad and pairs.rejected.requires_grad):

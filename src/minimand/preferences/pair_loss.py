@@ -102,6 +102,7 @@ def check_pairs(pairs: PairLogProbabilities, *, reference: bool, lengths: bool =
         ValueError: If shapes differ, a batch is empty, a value is not finite, a reference or lengths are missing, a
             length is below 1, or a reference requires a gradient.
     """
+    _require(pairs, reference=reference, lengths=lengths)
     given = {
         "logp_chosen": pairs.chosen,
         "logp_rejected": pairs.rejected,
@@ -110,8 +111,6 @@ def check_pairs(pairs: PairLogProbabilities, *, reference: bool, lengths: bool =
     }
     for name, value in given.items():
         if value is None:
-            if reference:
-                raise ValueError(f"{name} is missing: this objective compares the policy with a reference")
             continue
         checks.floating(value, name)
         if value.dim() != 1 or value.shape != pairs.chosen.shape:
@@ -125,12 +124,22 @@ def check_pairs(pairs: PairLogProbabilities, *, reference: bool, lengths: bool =
             raise ValueError(f"{name} requires a gradient: compute the reference under torch.no_grad()")
     for name, value in (("chosen_lengths", pairs.chosen_lengths), ("rejected_lengths", pairs.rejected_lengths)):
         if value is None:
-            if lengths:
-                raise ValueError(f"{name} is missing: this objective divides by the number of tokens")
             continue
         if value.shape != pairs.chosen.shape:
             raise ValueError(f"{name} must have shape {tuple(pairs.chosen.shape)}, got {tuple(value.shape)}")
         checks.require(value >= 1, lambda: "lengths must be at least 1: an answer without tokens has no probability")
+
+
+def _require(pairs: PairLogProbabilities, *, reference: bool, lengths: bool) -> None:
+    """Raise ``ValueError`` if something is missing; what is there is not looked at."""
+    if reference:
+        for name, value in (("ref_logp_chosen", pairs.ref_chosen), ("ref_logp_rejected", pairs.ref_rejected)):
+            if value is None:
+                raise ValueError(f"{name} is missing: this objective compares the policy with a reference")
+    if lengths:
+        for name, value in (("chosen_lengths", pairs.chosen_lengths), ("rejected_lengths", pairs.rejected_lengths)):
+            if value is None:
+                raise ValueError(f"{name} is missing: this objective divides by the number of tokens")
 
 
 class PairLoss(nn.Module, ABC):
@@ -151,7 +160,7 @@ class PairLoss(nn.Module, ABC):
 
     @abstractmethod
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair, ``(batch,)``, from checked log-probabilities."""
+        """Compute the loss of each pair, ``(batch,)``; a leaf checks the numbers, see :func:`check_pairs`."""
 
     def forward(
         self,
@@ -188,7 +197,8 @@ class PairLoss(nn.Module, ABC):
 
     def of(self, pairs: PairLogProbabilities) -> Float[Tensor, "*reduced"]:
         """Compute the loss of pairs that come as one record."""
-        check_pairs(pairs, reference=self.needs_reference, lengths=self.needs_lengths)
+        # The rest is checked by the function that does the mathematics, once.
+        _require(pairs, reference=self.needs_reference, lengths=self.needs_lengths)
         return reduce(self.losses(pairs), self.reduction)
 
     def from_tokens(self, tokens: PairTokens) -> Float[Tensor, "*reduced"]:

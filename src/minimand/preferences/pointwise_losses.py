@@ -82,7 +82,7 @@ class SPPOLoss(PairLoss):
         self.beta = beta
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities."""
+        """Compute the loss of each pair."""
         return sppo_loss(pairs.chosen, pairs.rejected, *pairs.references(), beta=self.beta)
 
     def extra_repr(self) -> str:
@@ -266,7 +266,7 @@ class KTOLoss(PairLoss):
     def losses(
         self, pairs: PairLogProbabilities, baseline: Float[Tensor, ""] | float | None = None
     ) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities."""
+        """Compute the loss of each pair."""
         return kto_loss(
             pairs.chosen,
             pairs.rejected,

@@ -92,7 +92,8 @@ class SFTLoss(PairLoss):
         self.needs_lengths = normalization != "none"
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities."""
+        """Compute the loss of each pair."""
+        check_pairs(pairs, reference=False)  # a rejected answer that is no number is a mistake all the same
         return sft_loss(pairs.chosen, chosen_lengths=pairs.chosen_lengths, normalization=self.normalization)
 
     def extra_repr(self) -> str:
@@ -164,7 +165,7 @@ class SLiCLoss(PairLoss):
         self.sft_weight = sft_weight
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities."""
+        """Compute the loss of each pair."""
         return slic_loss(pairs.chosen, pairs.rejected, margin=self.margin, sft_weight=self.sft_weight)
 
     def extra_repr(self) -> str:
@@ -253,7 +254,7 @@ class CPOLoss(PairLoss):
         self.needs_lengths = normalization != "none"
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities."""
+        """Compute the loss of each pair."""
         return cpo_loss(
             pairs.chosen,
             pairs.rejected,
@@ -347,7 +348,7 @@ class SimPOLoss(PairLoss):
         self.target_margin = target_margin
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities."""
+        """Compute the loss of each pair."""
         chosen_lengths, rejected_lengths = pairs.lengths()
         return simpo_loss(
             pairs.chosen,
@@ -453,7 +454,7 @@ class ORPOLoss(PairLoss):
         self.normalization = normalization
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities."""
+        """Compute the loss of each pair."""
         chosen_lengths, rejected_lengths = pairs.lengths()
         return orpo_loss(
             pairs.chosen,
@@ -540,7 +541,7 @@ class RRHFLoss(PairLoss):
         self.sft_weight = sft_weight
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities."""
+        """Compute the loss of each pair."""
         chosen_lengths, rejected_lengths = pairs.lengths()
         return rrhf_loss(
             pairs.chosen,

@@ -193,7 +193,7 @@ class RPOLoss(PairLoss):
         return reduce(self._losses(pairs, logp_baseline, baseline_lengths), self.reduction)
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
-        """Compute the loss of each pair from checked log-probabilities, with the chosen answer as the baseline."""
+        """Compute the loss of each pair, with the chosen answer as the baseline."""
         return self._losses(pairs, None, pairs.chosen_lengths)
 
     def _losses(self, pairs: PairLogProbabilities, logp_baseline: Tensor | None, lengths: Tensor | None) -> Tensor:
