@@ -119,6 +119,7 @@ class INPOLoss(PairLoss):
 
     def losses(self, pairs: PairLogProbabilities) -> Float[Tensor, " batch"]:
         """Compute the loss of each pair, as in the first round."""
+        check_pairs(pairs, reference=True)
         return _losses(pairs, (None, None), None, eta=self.eta, ratio=self.ratio)
 
     def forward(
