@@ -87,7 +87,6 @@ def bradley_terry(
     checks.positive(tolerance, "tolerance")
     budget = Budget(max_iter, max_seconds)
     weights = weights.to(preferences).expand(preferences.shape[:-1])[..., None, :]
-    identity = torch.eye(answers, dtype=preferences.dtype, device=preferences.device)
     scores, iteration = torch.zeros_like(preferences[..., 0]), 0
     while True:
         predicted = torch.sigmoid(scores[..., :, None] - scores[..., None, :])
@@ -98,8 +97,9 @@ def bradley_terry(
             return BradleyTerryFit(scores, residual, iteration, status)
         curvature = weights * predicted * (1 - predicted)
         # The Laplacian is singular along constants; adding the weights fixes the weighted mean of the step at 0.
-        laplacian = identity * curvature.sum(-1, keepdim=True) - curvature
-        step = torch.linalg.solve(laplacian + weights, error[..., None]).squeeze(-1)
+        laplacian = weights - curvature
+        laplacian.diagonal(dim1=-2, dim2=-1).add_(curvature.sum(-1))
+        step = torch.linalg.solve(laplacian, error)
         spread = (step.amax(-1, keepdim=True) - step.amin(-1, keepdim=True)).clamp_min(torch.finfo(step.dtype).tiny)
         scores = scores + step * (torch.log1p(spread) / spread)
         iteration += 1

@@ -109,7 +109,7 @@ class PreferenceGame:
             log_opponent: Log-probabilities of the opponent :math:`\mu`.
         """
         self._check(log_opponent, "log_opponent")
-        return (self.preferences @ log_opponent.exp()[..., None]).squeeze(-1)
+        return self._win_rate(log_opponent)
 
     def payoff(
         self, log_policy: Float[Tensor, "*prompts answers"], log_opponent: Float[Tensor, "*prompts answers"]
@@ -135,7 +135,8 @@ class PreferenceGame:
             ValueError: If tau is 0, where a best response has no log-probabilities.
         """
         checks.positive(self.tau, "tau of a game with a best response in log-probabilities")
-        return (self.log_reference + self.win_rate(log_opponent) / self.tau).log_softmax(-1)
+        self._check(log_opponent, "log_opponent")
+        return self._best_response(log_opponent)
 
     def exploitability(self, log_policy: Float[Tensor, "*prompts answers"]) -> Float[Tensor, "*prompts"]:
         r"""Return :math:`\max_q J(q, \pi) - \frac12`: by how much the policy's best opponent beats it.
@@ -229,20 +230,27 @@ class PreferenceGame:
             if status is None and not bool(open_.any()):
                 status = Stop.STALLED
             if status is not None:
-                return NashSolution(theta, float(residual.max()), self.exploitability(theta), iteration, status)
+                gain = self.tau * categorical_kl(theta, theta - error).clamp_min(0)
+                return NashSolution(theta, float(residual.max()), gain, iteration, status)
             step = self._newton_step(theta, error)
             theta, error, moving = self._search(theta, error, step, open_)
             iteration += 1
 
+    def _win_rate(self, log_opponent: Tensor) -> Tensor:
+        return (self.preferences @ log_opponent.exp()[..., None]).squeeze(-1)
+
+    def _best_response(self, log_opponent: Tensor) -> Tensor:
+        return torch.add(self.log_reference, self._win_rate(log_opponent), alpha=1 / self.tau).log_softmax(-1)
+
     def _error(self, theta: Tensor) -> Tensor:
-        return theta - self.best_response(theta)
+        return theta - self._best_response(theta)
 
     def _newton_step(self, theta: Tensor, error: Tensor) -> Tensor:
         policy = theta.exp()
         # P (diag(p) - p p^T): the rows of P weighed by p, less their means.
-        spread = (self.preferences - self.win_rate(theta)[..., None]) * policy[..., None, :]
-        jacobian = torch.eye(theta.shape[-1], dtype=theta.dtype, device=theta.device) - spread / self.tau
-        return -torch.linalg.solve(jacobian, error[..., None]).squeeze(-1)
+        jacobian = (self._win_rate(theta)[..., None] - self.preferences) * (policy / self.tau)[..., None, :]
+        jacobian.diagonal(dim1=-2, dim2=-1).add_(1)
+        return -torch.linalg.solve(jacobian, error)
 
     def _search(self, theta: Tensor, error: Tensor, step: Tensor, open_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Halve the steps of open prompts until their errors shrink enough; tell which of them moved."""
