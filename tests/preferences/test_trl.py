@@ -1,6 +1,9 @@
 """Objectives of the room inside TRL's trainer, held against TRL's own run of the same seed."""
 
 import inspect
+import json
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -14,6 +17,7 @@ import trl
 from safetensors.torch import load_file
 from torch import nn
 from trl.trainer import dpo_trainer
+from two_processes import Tempered
 
 from minimand import preferences
 from minimand.preferences import CPOLoss, DPOLoss, SFTLoss, SimPOLoss
@@ -145,23 +149,6 @@ def test_an_objective_without_reference_takes_adapters_too(folder, settings):
     assert torch.isfinite(torch.tensor([entry["loss"] for entry in history(trainer)])).all()
 
 
-class Tempered(nn.Module):
-    """DPO with a temperature of its own to learn, and a moving average to keep."""
-
-    needs_reference = True
-
-    def __init__(self):
-        super().__init__()
-        self.log_beta = nn.Parameter(torch.tensor(-2.0))
-        self.register_buffer("seen", torch.tensor(0))
-
-    def from_tokens(self, tokens):
-        pairs = tokens.sums()
-        self.seen += len(pairs.chosen) * self.training
-        margin = (pairs.chosen - pairs.ref_chosen) - (pairs.rejected - pairs.ref_rejected)
-        return -nn.functional.logsigmoid(self.log_beta.exp() * margin).mean()
-
-
 def test_a_run_that_was_cut_in_two_is_the_run_that_was_not_with_the_objectives_parameters(folder, settings):
     whole = ours(folder, settings(lr_scheduler_type="constant"), Tempered())
     expected = history(whole)
@@ -263,3 +250,26 @@ def test_the_room_needs_no_trl_and_says_what_to_install_where_it_does():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batch_for_the_objectives_parameters_too(folder, tmp_path):
+    script = str(pathlib.Path(__file__).with_name("two_processes.py"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def run(name, pairs_a_process, *launcher):
+        command = [*launcher, script, folder, str(tmp_path / name), str(pairs_a_process)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return [json.loads(path.read_text()) for path in sorted(tmp_path.glob(f"{name}-*.json"))]
+
+    (alone,) = run("one", 4, sys.executable)
+    both = run("two", 2, *launcher)
+    assert len(both) == 2
+    for one in both:
+        assert one["log_beta"] == pytest.approx(alone["log_beta"], abs=1e-6)
+        assert one["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+        assert one["margins"] == pytest.approx(alone["margins"], abs=1e-3)
+        assert one["tokens"] == alone["tokens"]
+    assert alone["log_beta"] != -2.0
