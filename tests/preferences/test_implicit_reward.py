@@ -405,6 +405,20 @@ def test_an_independent_convex_solver_finds_the_same_policy(divergence):
     np.testing.assert_allclose(found.policy, policy.value, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("divergence", ALL)
+@pytest.mark.parametrize("beta", [0.01, 1.0, 100.0])
+def test_a_response_that_one_side_hardly_knows_is_no_harder(divergence, beta):
+    even, uneven = torch.tensor([[0.5, 0.5], [1e-6, 1 - 1e-6]], dtype=F64)
+    for expert, reference in ((even, uneven), (uneven, even)):
+        found = solved(expert, reference, divergence=divergence, beta=beta)
+        best = torch.softmax(reference.log() + found.reward / beta, -1)
+        torch.testing.assert_close(found.policy, best, rtol=1e-9, atol=1e-12)
+        if divergence != "total_variation":
+            reward = INVERSES[divergence](found.policy / expert)
+            torch.testing.assert_close(found.reward, reward, rtol=1e-9, atol=1e-9)
+        assert found.iterations <= 20
+
+
 def test_reverse_kl_is_solved_by_the_geometric_mean():
     expert, reference, beta = distributions(6), distributions(7), 0.7
     mean = torch.softmax((expert.log() + beta * reference.log()) / (1 + beta), -1)
