@@ -160,8 +160,8 @@ def f_matching_dual(
 
     At the optimum :math:`\pi = E\,\phi'(r)` and :math:`\pi = \pi_{ref}\,e^{(r - V) / \beta}`. For a given V each
     response solves one monotone equation by Newton's method, and the mass of all falls in V, which a safeguarded
-    Newton iteration brings to 1. It is what the losses of this module tend to with demonstrations without end, and says
-    what they do not see: of responses the expert never gives, most divergences leave some.
+    Newton iteration brings to 1. This is what :func:`implicit_reward_sft_loss` tends to as demonstrations abound,
+    and it tells what they do not show: of the responses that the expert never gives, most divergences leave some.
 
     Args:
         p_expert: E, the demonstrators' distributions.

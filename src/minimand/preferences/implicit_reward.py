@@ -130,8 +130,8 @@ def implicit_reward_sft_loss(
         divergence: The f-divergence between policy and demonstrator; the module's docstring says them all.
         beta: Strength of the KL divergence to the reference, above 0; 0.1 is DPO's.
         value: V: a number; a tensor that broadcasts against ``logp``, such as a value head's output, which learns by
-            this loss too; or ``"optimal"``, the best single V for all demonstrations given. The default, 0, is right at
-            the reference and leaves each demonstration a loss of its own.
+            this loss too; or ``"optimal"``, the best single V for the mean loss of all demonstrations given. The
+            default, 0, is right at the reference and leaves each demonstration a loss of its own.
         max_weight: The largest weight a demonstration may get, above 1: where it has become so unlikely that
             :math:`\phi'` would exceed this, :math:`\phi` goes on straight, so that loss and gradient stay finite past
             the end of its domain. Ours; of ``"forward_kl"``, 2 is reached at u + V = -0.5.

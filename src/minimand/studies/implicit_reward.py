@@ -360,7 +360,7 @@ study = Study(
         "for plain fine-tuning. (In that run the three rates lay further apart, 0.003 to 0.03, and Hellinger trailed "
         "plain fine-tuning by 0.010.) Fine-tuning is 75 steps of Adam on 80 demonstrations, or 100 on 1,600. An answer "
         "is a single token, so the levels of token and sequence coincide. Rewards are in the units of the simulated "
-        "reward, whose best response is worth about 2.5. The paper's gains in win rate on language models are not reproduced, "
-        "and could not be seen at this scale."
+        "reward, whose best response is worth about 2.5. The paper's gains in win rate on language models are not "
+        "reproduced, and could not be seen at this scale."
     ),
 )
