@@ -8,7 +8,9 @@ of what they choose is measured.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -91,30 +93,34 @@ class Gold:
         return (3 * (hidden @ last).squeeze(-1) - 0.5 * (distance - 5).clamp_min(0) - self.center) / self.spread
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class World:
     """What there is to learn from, to choose from and to measure by.
 
     Args:
         gold: The true reward.
         pairs: Name of the noise to chosen and rejected answers, each ``(pairs, dim)``.
-        answers: Name of the regime to answers ``(prompts, answers, dim)``.
-        worth: Their gold reward, ``(prompts, answers)``.
+        answers: Usual answers, ``(prompts, answers, dim)``.
+        unusual: Which of them a regime may stretch, ``(prompts, answers)``.
+        worth: Name of the regime to the gold reward of its answers, ``(prompts, answers)``.
     """
 
     gold: Gold
     pairs: Mapping[str, tuple[Tensor, Tensor]]
-    answers: Mapping[str, Tensor]
+    answers: Tensor
+    unusual: Tensor
     worth: Mapping[str, Tensor]
 
 
+# The contenders of a seed share its world and, below, its reward models: they are drawn and trained once.
+@functools.lru_cache(maxsize=8)
 def problem(source: Any, seed: int) -> World:
     """Draw a gold reward, comparisons by it, and answers to choose from; the conditions share their draws."""
     generator = torch.Generator().manual_seed(seed)
     sizes = ((DIM, 128), (128, 128), (128, 1))
     gold = Gold(tuple(1.5 / a**0.5 * torch.randn(a, b, generator=generator) for a, b in sizes))
-    usual = torch.randn(PROMPTS, ANSWERS, DIM, generator=generator)
-    scores = gold(usual)
+    answers = torch.randn(PROMPTS, ANSWERS, DIM, generator=generator)
+    scores = gold(answers)
     gold = Gold(gold.weights, float(scores.mean()), float(scores.std()))
     compared = torch.randn(2, PAIRS, DIM, generator=generator)
     first = gold(compared[0]) > gold(compared[1])
@@ -124,9 +130,30 @@ def problem(source: Any, seed: int) -> World:
         said = (first ^ (luck < share))[:, None]
         chosen = torch.where(said, compared[0], compared[1])
         pairs[noise] = chosen, torch.where(said, compared[1], compared[0])
-    unusual = torch.rand(PROMPTS, ANSWERS, 1, generator=generator) < 0.05
-    answers = {regime: torch.where(unusual, factor * usual, usual) for regime, factor in STRETCH.items()}
-    return World(gold, pairs, answers, {regime: gold(points) for regime, points in answers.items()})
+    unusual = torch.rand(PROMPTS, ANSWERS, generator=generator) < 0.05
+    return World(gold, pairs, answers, unusual, in_regimes(gold, answers, unusual))
+
+
+@torch.no_grad()
+def in_regimes(score: Callable[[Tensor], Tensor], answers: Tensor, unusual: Tensor) -> dict[str, Tensor]:
+    """Score the answers of every regime, ``(*members, prompts, answers)``; regimes differ in the unusual ones alone."""
+    # In pieces that stay in the cache.
+    usual = torch.cat([score(piece) for piece in answers.flatten(0, 1).split(4096)], -1)
+    usual = usual.unflatten(-1, answers.shape[:2])
+    found = {}
+    for regime, factor in STRETCH.items():
+        found[regime] = usual.clone()
+        found[regime][..., unusual] = score(factor * answers[unusual])
+    return found
+
+
+@functools.lru_cache(maxsize=16)
+def trained(data: World, noise: str, hidden: tuple[int, ...], run_seeds: tuple[int, int]) -> tuple[RewardHeads, float]:
+    """Train five reward models, the same for every contender; the single ones are the members of the ensembles."""
+    start = time.perf_counter()
+    heads = RewardHeads(DIM, num_members=MEMBERS, hidden=hidden, seed=run_seeds[0])
+    fit_reward_heads(heads, *data.pairs[noise], seed=run_seeds[1])
+    return heads.requires_grad_(False), time.perf_counter() - start
 
 
 class Reward:
@@ -144,7 +171,7 @@ class Reward:
         method: str | None = None,
         *,
         penalty: float = 0.5,
-        hidden: Sequence[int] = (64, 64),
+        hidden: tuple[int, ...] = (64, 64),
         kl_factor: float | None = None,
     ) -> None:
         self.method, self.penalty, self.hidden, self.kl_factor = method, penalty, hidden, kl_factor
@@ -153,26 +180,23 @@ class Reward:
         """Run one cell under every condition."""
         metrics: dict[str, float] = {}
         curves: dict[str, list[float]] = {}
+        start, training = time.perf_counter(), 0.0
         for noise, (chosen, rejected) in data.pairs.items():
-            # The same weights and orders for every contender: the single models are the members of the ensembles.
-            heads = RewardHeads(DIM, num_members=MEMBERS, hidden=self.hidden, seed=run.stream("weights"))
-            fit_reward_heads(heads, chosen, rejected, seed=run.stream("orders"))
+            before = time.perf_counter()
+            heads, seconds = trained(data, noise, self.hidden, (run.stream("weights"), run.stream("orders")))
+            training += seconds - (time.perf_counter() - before)
             method: Any = self.method or "mean"
             reward = RewardEnsemble(heads, method=method, penalty=self.penalty).fit_scale(torch.cat([chosen, rejected]))
             if self.kl_factor is None:
                 self._best_of_n(reward, data, noise, metrics, curves)
             self._ppo(reward, data.gold, run.stream("policy"), noise, metrics, curves)
-        return Outcome(metrics, curves)
+        return Outcome(metrics, curves, seconds=time.perf_counter() - start + training)
 
-    @torch.no_grad()
     def _best_of_n(
         self, reward: RewardEnsemble, data: World, noise: str, metrics: dict[str, float], curves: dict[str, list[float]]
     ) -> None:
-        for regime, answers in data.answers.items():
-            # In pieces that stay in the cache.
-            pieces = answers.flatten(0, 1).split(4096)
-            score = reward.scores if self.method is None else reward
-            proxy = torch.cat([score(piece) for piece in pieces], -1).unflatten(-1, (PROMPTS, ANSWERS))
+        score = reward.scores if self.method is None else reward
+        for regime, proxy in in_regimes(score, data.answers, data.unusual).items():
             worth = data.worth[regime].expand_as(proxy)
             curve = best_of_n_curve(proxy, worth, SIZES)
             gold = curve.gold
