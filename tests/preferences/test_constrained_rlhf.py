@@ -264,8 +264,9 @@ def test_a_proxy_point_without_smoothing_is_the_best_policy():
     assert torch.equal(proxy_point(policies, evaluations, bandwidth=0.0), policies[evaluations.argmax()])
 
 
-def test_a_proxy_point_smooths_as_the_kernels_formula_says():
-    policies, evaluations, width = normal(15, 2), normal(15, seed=1), 0.6
+@pytest.mark.parametrize("seed", range(20))
+def test_a_proxy_point_smooths_as_the_kernels_formula_says(seed):
+    policies, evaluations, width = normal(15, 2, seed=seed), normal(15, seed=seed + 100), 0.6
     scaled = policies / policies.std(0) / width
     smooth = []
     for point in scaled:

@@ -138,6 +138,21 @@ def test_it_converges_when_the_evaluations_on_the_simplex_agree():
     assert again.run(lambda theta: -quadratic(theta.numpy())).evaluations > found.evaluations
 
 
+def test_the_spread_is_the_standard_deviation_on_the_simplex():
+    initial = simplex_of(2)
+    values = [-quadratic(vertex.numpy()) for vertex in initial]
+    spread = float(np.std(values, ddof=1))
+    search = ThresholdSearch(BOX, initial=initial, tolerance=1.001 * spread)
+    for value in values:
+        search.tell(value)
+    assert search.status is Stop.CONVERGED
+    assert search.result.spread == pytest.approx(spread)
+    again = ThresholdSearch(BOX, initial=initial, tolerance=0.999 * spread)
+    for value in values:
+        again.tell(value)
+    assert again.status is None
+
+
 def test_the_result_is_the_best_of_what_was_told_and_ask_goes_on_with_it():
     search = ThresholdSearch(BOX, initial=simplex_of(3), max_iter=12)
     told = []
