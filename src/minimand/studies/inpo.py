@@ -96,6 +96,8 @@ class Policies(nn.Module):
     A prompt is a position among all games' prompts, ``game * PROMPTS + prompt``.
     """
 
+    features: Tensor
+
     def __init__(self, features: Tensor) -> None:
         super().__init__()
         self.register_buffer("features", features.float())
@@ -336,12 +338,12 @@ study = Study(
     method="inpo",
     problem=problem,
     contenders={
-        OFFLINE: PlayRounds(_dpo(last=False, rounds=1)),
         DPO: PlayRounds(_dpo(last=False)),
         DPO_LAST: PlayRounds(_dpo(last=True)),
         IPO: PlayRounds(_ipo(last=False)),
         IPO_LAST: PlayRounds(_ipo(last=True)),
         SPPO: PlayRounds(Method((1.0, 3.0, 10.0, 30.0), _sppo_loss, None)),
+        OFFLINE: PlayRounds(_dpo(last=False, rounds=1)),
         NASH_MD: PlayRounds(Method(ETAS, _inpo_loss, _nash_md_step, mixture=True)),
         NASH: nash_policy,
         EXTREMES: PlayRounds(Method((1.0, 2.0, 4.0, 8.0), _inpo_loss, None, extremes=True)),
