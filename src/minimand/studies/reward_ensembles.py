@@ -299,8 +299,8 @@ study = Study(
     method="reward-ensembles",
     problem=problem,
     contenders={
-        NONE: one_answer,
         SINGLE: Reward(),
+        NONE: one_answer,
         LARGER: Reward(hidden=(152, 152)),
         PENALIZED: Reward(kl_factor=20),
         MEAN: Reward("mean"),
