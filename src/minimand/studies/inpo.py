@@ -269,7 +269,7 @@ def _dpo(last: bool, rounds: int = ROUNDS) -> Method:
         scores = bradley_terry(game.preferences, log_policy.exp(), tolerance=1e-5).scores
         return ((log_policy if last else game.log_reference) + scores / beta).log_softmax(-1)
 
-    return Method((3.0, 10.0, 30.0, 100.0) if last else (0.25, 0.5, 1.0, 2.0), loss, step, rounds=rounds)
+    return Method((10.0, 30.0, 100.0, 300.0) if last else (0.25, 0.5, 1.0, 2.0), loss, step, rounds=rounds)
 
 
 def _ipo(last: bool) -> Method:
@@ -346,7 +346,7 @@ study = Study(
         OFFLINE: PlayRounds(_dpo(last=False, rounds=1)),
         NASH_MD: PlayRounds(Method(ETAS, _inpo_loss, _nash_md_step, mixture=True)),
         NASH: nash_policy,
-        EXTREMES: PlayRounds(Method((1.0, 2.0, 4.0, 8.0), _inpo_loss, None, extremes=True)),
+        EXTREMES: PlayRounds(Method((2.0, 4.0, 8.0, 16.0), _inpo_loss, None, extremes=True)),
         INPO: PlayRounds(Method(ETAS, _inpo_loss, _inpo_step)),
     },
     metrics=(
