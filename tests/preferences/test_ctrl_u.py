@@ -1,4 +1,6 @@
 import math
+import pathlib
+import re
 
 import diffusers
 import pytest
@@ -396,6 +398,32 @@ def test_a_loop_of_diffusers_fine_tunes_its_model_on_the_reward(predicts):
         rewards.append(terms.reward.item())
     assert sum(rewards[-5:]) < 0.7 * sum(rewards[:5])
     assert objective.step.item() == 25
+
+
+@pytest.mark.untyped
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_loop_of_the_page_runs_before_and_after_its_change(changed):
+    page = pathlib.Path(__file__).resolve().parents[2] / "docs/methods/ctrl-u.md"
+    (block,) = re.findall(r"^```diff\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    code = "\n".join(line[1:] for line in block.splitlines() if line[0] in (" +" if changed else " -"))
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=1, block_out_channels=(8, 8), layers_per_block=1,
+        norm_num_groups=4, down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    before = [parameter.clone() for parameter in unet.parameters()]
+    target = labels((4, 8, 8), classes=2)
+    maps = F.one_hot(target, 2).movedim(-1, 1).float()
+    names = {
+        "torch": torch, "CtrlUReward": CtrlUReward, "one_step_x0": one_step_x0, "paired_timesteps": paired_timesteps,
+        "segmenter": nn.Conv2d(1, 2, 3, padding=1), "loader": 3 * [(2.0 * target[:, None] - 1, maps, target)],
+        "unet": unet, "scheduler": diffusers.DDPMScheduler(), "optimizer": torch.optim.AdamW(unet.parameters()),
+    }  # fmt: skip
+    exec(code, names)
+    assert torch.isfinite(names["loss"])
+    assert any(not torch.equal(*pair) for pair in zip(before, unet.parameters(), strict=True))
+    if changed:
+        assert names["objective"].step.item() == 3
 
 
 @pytest.mark.untyped

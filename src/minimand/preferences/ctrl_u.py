@@ -24,7 +24,6 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .. import checks
 from ..reduction import Reduction, check_reduction, reduce
@@ -86,7 +85,7 @@ def uncertainty_kl(
     _check_predictions(logits1, logits2)
     log_p1, log_p2 = (torch.log_softmax(_widened(logits), dim) for logits in (logits1, logits2))
     # Rounding takes the divergence of near-equal predictions below zero.
-    divergence = functional.kl_div(log_p1, log_p2, reduction="none", log_target=True).sum(dim).clamp_min(0)
+    divergence = (log_p2.exp() * (log_p2 - log_p1)).sum(dim).clamp_min(0)
     checks.finite(divergence.detach(), "the divergence of logits1 and logits2")
     return divergence
 
