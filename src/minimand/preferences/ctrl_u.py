@@ -209,8 +209,8 @@ def paired_timesteps(
 
     Args:
         timesteps: t, one an example, in [0, num_timesteps).
-        gap: How much later the second generation is, at least 0. 1 is the official code's; a smooth denoiser hardly
-            differs over one step, and 50 was better in our study. 0 makes sense only with noise of its own for each.
+        gap: How much later the second generation is, at least 0. 1 is the official code's, over which a smooth denoiser
+            hardly differs; tens of steps make the uncertainty tell. 0 makes sense only with noise of its own for each.
         num_timesteps: The scheduler's number of training steps; 1000 is the custom.
 
     Returns:

@@ -54,7 +54,7 @@ class World:
     Args:
         images: Training images in [-1, 1].
         target: What the reward network reads: the class of each pixel, or the strength of its edge.
-        condition: What the denoiser is told of ``target``: faintly, so that it may be followed badly.
+        condition: What the denoiser is told of ``target``.
         denoiser: ``(noisy, times, condition) -> noise``, pretrained; contenders fine-tune a copy.
         network: The reward network.
         criterion: Its loss, pixel by pixel.
@@ -244,7 +244,7 @@ def handwriting(seed: int) -> World:
     world = World(
         images=images,
         target=strength,
-        condition=lambda target: 0.3 * target,
+        condition=lambda target: target,
         denoiser=seeded(lambda: Denoiser(1, 1), run.stream("denoiser")),
         network=network,
         criterion=nn.MSELoss(reduction="none"),
