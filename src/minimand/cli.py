@@ -475,7 +475,7 @@ def preferences(
         str, typer.Option("--model", help="A folder or a name on the hub of any causal language model.")
     ] = "smollm2-135m",
     train: Annotated[str, typer.Option("--train", help="last:BLOCKS, lora:RANK or all.")] = "last:2",
-    steps: Annotated[int, typer.Option("--steps", help="Steps of training.")] = 30,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of training.")] = 25,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs a step.")] = 4,
     lr: Annotated[
         list[float] | None, typer.Option("--lr", help="A learning rate to try; may be given again. Default: two.")
@@ -501,7 +501,7 @@ def preferences(
         from .bench.preferences import preferences_study
 
         return preferences_study(
-            pairs, model=model, train=train, steps=steps, batch_size=batch_size, rates=tuple(lr or (3e-5, 1e-4)),
+            pairs, model=model, train=train, steps=steps, batch_size=batch_size, rates=tuple(lr or (1e-4, 3e-4)),
             max_length=max_length, pairs=most, objectives=tuple(objective or ()), seeds=seeds, seed=seed,
         )  # fmt: skip
 

@@ -16,11 +16,7 @@ _QUESTIONS = {
     "plural": ('What is the plural of the word "{0}"?', 'The plural of "{0}" is "{1}".'),
     "past": ('What is the past tense of the verb "{0}"?', 'The past tense of "{0}" is "{1}".'),
 }
-_FILLERS = (
-    "Great question! I am happy to help. As far as I know, this is what is usually said:",
-    "Thank you so much for asking! Let me think about that for a moment.",
-    "That is something many people wonder about, and I am glad you asked.",
-)
+_FILLERS = ("Great question! Happy to help:", "Thank you so much for asking!", "I am so glad you asked!")
 
 
 @functools.lru_cache(maxsize=1)

@@ -215,9 +215,9 @@ class PairRecipe:
         max_grad_norm: Longer gradients are cut to this.
     """
 
-    steps: int = 30
+    steps: int = 25
     batch_size: int = 4
-    rates: tuple[float, ...] = (3e-5, 1e-4)
+    rates: tuple[float, ...] = (1e-4, 3e-4)
     max_grad_norm: float = 1.0
 
     def schedule(self, step: int) -> float:
