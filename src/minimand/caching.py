@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,5 +56,6 @@ def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         flat = tensor.detach().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).cpu().numpy()) if flat.numel() else b"")
+        raw: Any = flat.view(torch.uint8).cpu().numpy() if flat.numel() else b""
+        digest.update(raw)
     return digest.hexdigest()

@@ -202,23 +202,8 @@ def classify(
             lr=lr, folds=folds, repeats=repeats, tune=tune, noise=noise, metric=metric, contenders=names, seed=seed,
         )  # fmt: skip
 
-    def code(study: Study, winner: str) -> str:
-        from .bench.classify import winner_code
-
-        return winner_code(study, winner)
-
     sys.path.insert(0, "")  # so that --model finds a module beside the data, as `python -m` would
-    _run(
-        build,
-        kind="compare",
-        problem="classify",
-        out=out,
-        engine=engine,
-        jobs=jobs,
-        store=store,
-        as_json=as_json,
-        code=code,
-    )
+    _run(build, problem="classify", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json)
 
 
 @compare.command()
@@ -244,17 +229,7 @@ def calibrate(
 
         return calibrate_study(data, test_fraction=test_fraction)
 
-    _run(
-        build,
-        kind="compare",
-        problem="calibrate",
-        out=out,
-        engine=engine,
-        jobs=jobs,
-        store=store,
-        as_json=as_json,
-        seeds=repeats,
-    )
+    _run(build, problem="calibrate", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json, seeds=repeats)
 
 
 @compare.command()
@@ -289,22 +264,7 @@ def bags(
             loss=loss, seed=seed,
         )  # fmt: skip
 
-    def code(study: Study, winner: str) -> str:
-        from .bench.bags import winner_code
-
-        return winner_code(study, winner)
-
-    _run(
-        build,
-        kind="compare",
-        problem="bags",
-        out=out,
-        engine=engine,
-        jobs=jobs,
-        store=store,
-        as_json=as_json,
-        code=code,
-    )
+    _run(build, problem="bags", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json)
 
 
 @compare.command()
@@ -353,44 +313,8 @@ def bounds(
             initial=initial, factory=factory, delta=delta,
         )  # fmt: skip
 
-    def figures(study: Study, record: dict[str, Any]) -> list[dict[str, str]]:
-        from .bench.promises import audit_figure
-
-        return audit_figure(study, record)
-
-    def more(record: dict[str, Any]) -> dict[str, Any]:
-        from .bench.promises import audit_summary
-
-        return audit_summary(record)
-
     sys.path.insert(0, "")  # so that a factory is found in a module beside the data, as `python -m` would
-    record = _run(
-        build,
-        kind="compare",
-        problem="bounds",
-        out=out,
-        engine=engine,
-        jobs=jobs,
-        store=store,
-        as_json=as_json,
-        seeds=repeats,
-        figures=figures,
-        more=more,
-    )
-    if not as_json:
-        from rich.console import Console
-        from rich.table import Table
-
-        from .bench.promises import audit_rows
-
-        summary = more(record)
-        table = Table(box=None, show_header=False, pad_edge=False)
-        for row in audit_rows(summary):
-            table.add_row(*row)
-        console = Console()
-        console.print()
-        console.print(table)
-        console.print(f"\n[bold]{summary['advice']}[/bold]", highlight=False)
+    _run(build, problem="bounds", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json, seeds=repeats)
 
 
 @compare.command()
@@ -438,28 +362,7 @@ def survival(
             folds=folds, repeats=repeats, seed=seed,
         )  # fmt: skip
 
-    def code(study: Study, winner: str) -> str:
-        from .bench.survival import winner_code
-
-        return winner_code(study, winner)
-
-    def figures(study: Study, record: dict[str, Any]) -> list[dict[str, str]]:
-        from .bench.survival import survival_figure
-
-        return survival_figure(study, record)
-
-    _run(
-        build,
-        kind="compare",
-        problem="survival",
-        out=out,
-        engine=engine,
-        jobs=jobs,
-        store=store,
-        as_json=as_json,
-        code=code,
-        figures=figures,
-    )
+    _run(build, problem="survival", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json)
 
 
 @compare.command()
@@ -505,34 +408,7 @@ def preferences(
             max_length=max_length, pairs=most, objectives=tuple(objective or ()), seeds=seeds, seed=seed,
         )  # fmt: skip
 
-    def prepare(study: Study, progress: Callable[[str], None]) -> Study:
-        from .bench.preferences import prepare
-
-        return prepare(study, progress)
-
-    def code(study: Study, winner: str) -> str:
-        from .bench.preferences import winner_code
-
-        return winner_code(study, winner)
-
-    def figures(study: Study, record: dict[str, Any]) -> list[dict[str, str]]:
-        from .bench.preferences import drift_figure
-
-        return drift_figure(study, record)
-
-    _run(
-        build,
-        kind="compare",
-        problem="preferences",
-        out=out,
-        engine=engine,
-        jobs=jobs,
-        store=store,
-        as_json=as_json,
-        prepare=prepare,
-        code=code,
-        figures=figures,
-    )
+    _run(build, problem="preferences", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json)
 
 
 @compare.command()
@@ -571,81 +447,31 @@ def graph(
     out: Out = DEFAULT_OUT,
 ) -> None:
     """Which directed graph explains the columns of my table, and which way of learning it is best?"""
-    studies: list[Study] = []
-
     def build() -> Study:
         from .bench.graph import graph_study
 
         names = None if contenders is None else [name.strip() for name in contenders.split(",") if name.strip()]
-        studies.append(
-            graph_study(
-                data, drop=drop or [], forbid=forbid or [], require=require or [], tiers=tiers, truth=truth,
-                score=score, standardize=standardize, folds=folds, repeats=repeats, contenders=names, seed=seed,
-            )
+        return graph_study(
+            data, drop=drop or [], forbid=forbid or [], require=require or [], tiers=tiers, truth=truth,
+            score=score, standardize=standardize, folds=folds, repeats=repeats, contenders=names, seed=seed,
         )  # fmt: skip
-        return studies[0]
 
-    def code(study: Study, winner: str) -> str:
-        from .bench.graph import winner_code
-
-        return winner_code(study, winner)
-
-    def figures(study: Study, record: dict[str, Any]) -> list[dict[str, str]]:
-        from .bench.graph import graph_figure
-
-        return graph_figure(study, record)
-
-    def more(record: dict[str, Any]) -> dict[str, Any]:
-        from .bench.graph import graph_summary
-
-        return graph_summary(studies[0], record)
-
-    record = _run(
-        build,
-        kind="compare",
-        problem="graph",
-        out=out,
-        engine=engine,
-        jobs=jobs,
-        store=store,
-        as_json=as_json,
-        code=code,
-        figures=figures,
-        more=more,
-    )
-    if not as_json:
-        from rich.console import Console
-
-        from .bench.graph import graph_lines
-
-        print()
-        for line in graph_lines(more(record)):
-            Console().print(line, highlight=False, markup=False, soft_wrap=True)
+    _run(build, problem="graph", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json)
 
 
 def _run(
     build: Callable[[], Study],
     *,
-    kind: str,
     problem: str,
     out: pathlib.Path,
     engine: str,
     jobs: int | None,
     store: pathlib.Path | None,
     as_json: bool,
+    kind: str = "compare",
     seeds: int | None = None,
-    prepare: Callable[[Study, Callable[[str], None]], Study] | None = None,
-    code: Callable[[Study, str], str] | None = None,
-    figures: Callable[[Study, dict[str, Any]], list[dict[str, str]]] | None = None,
-    more: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Run a study, show it, and write its report.
-
-    ``prepare`` does what all cells need, telling what is under way, and may complete the study.
-    ``figures`` draws, from the study and its record, what the report shows besides its charts: dicts of ``title``,
-    ``caption`` and ``svg``, the last an ``<svg>`` element whose texts are escaped. ``more`` adds to what
-    ``--json`` prints.
-    """
+    """Run a study, show it, and write its report."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -656,8 +482,9 @@ def _run(
             study = build()
             from . import bench, report
 
-            if prepare is not None:
-                study = prepare(study, status.update)
+            shown = study.presentation
+            if shown.prepare is not None:
+                study = shown.prepare(study, status.update)
         with bench.Store(store) as kept:
             results = _with_progress(study, kept, console, seeds=seeds, engine=engine, jobs=jobs)
     except KeyboardInterrupt:
@@ -669,10 +496,11 @@ def _run(
         failure = results.failures[0]
         _refuse(f"every cell failed; the first, of {failure.contender}: {failure.error}")
     record = bench.make_record(study, results, kind=kind, problem=problem, seconds=time.perf_counter() - start)
-    if code is not None and record["metrics"]:
-        record["code"] = code(study, record["recommended"])
-    if figures is not None and record["metrics"]:
-        record["figures"] = figures(study, record)
+    if shown.code is not None and record["metrics"]:
+        record["code"] = shown.code(study, record["recommended"])
+    if shown.figures is not None and record["metrics"]:
+        record["figures"] = shown.figures(study, record)
+    summary = shown.summary(study, record) if shown.summary is not None else {}
     path = out / (f"{problem}.html" if kind == "reproduce" else f"compare-{problem}.html")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -682,9 +510,11 @@ def _run(
     if as_json:
         from .bench.record import short_json
 
-        print(json.dumps(short_json(record, str(path)) | (more(record) if more is not None else {}), indent=1))
+        print(json.dumps(short_json(record, str(path)) | summary, indent=1))
     else:
         _show(record, path)
+        if shown.lines is not None:
+            print("", *shown.lines(summary), sep="\n")
     for name in dict.fromkeys(failure.contender for failure in results.failures):
         failed = [failure for failure in results.failures if failure.contender == name]
         console.print(f"{name} failed in {len(failed)} cells: {failed[0].error}", style="red", highlight=False)

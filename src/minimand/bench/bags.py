@@ -20,7 +20,7 @@ from ..losses import AggregateLoss, ols
 from ..tables import TableEncoder
 from ..training import Recipe
 from .readers import DataError, content_hash, read_table, require_column, require_content
-from .study import Metric, Outcome, Run, Study
+from .study import Metric, Outcome, Presentation, Run, Study
 
 # Small values first: with many bags and little noise the best rho is a few hundredths.
 RHOS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -433,6 +433,7 @@ def bags_study(
             "loss": kind,
             "seed": seed,
         },
+        presentation=Presentation(code=winner_code),
     )
 
 

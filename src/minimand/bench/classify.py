@@ -24,7 +24,7 @@ from ..training import Recipe
 from .classification import METRICS, Range, Split, TrainClassifier
 from .label_noise import flip_uniformly
 from .readers import DataError, content_hash, nearest, read_table, require_column, require_content
-from .study import Study
+from .study import Presentation, Study
 from .tuning import tuned
 
 BUILT_IN_NOISE = 0.3
@@ -356,6 +356,7 @@ def classify_study(
             "seed": seed,
             "selected on": order[0].name if tune else None,
         },
+        presentation=Presentation(code=winner_code),
     )
 
 

@@ -29,7 +29,7 @@ from ..constraints import (
 from . import graph_learners
 from .graph_drawing import draw_graph
 from .readers import DataError, content_hash, nearest, read_table, require_column, require_content
-from .study import Metric, Outcome, Run, Study
+from .study import Metric, Outcome, Presentation, Run, Study
 
 HELD_OUT = Metric("held-out score", "lower is better")
 SHD = Metric("wrong edges", "lower is better")
@@ -407,6 +407,7 @@ def graph_study(
             "required": [list(pair) for pair in known.required],
             "tiers": list(known.tiers),
         },
+        presentation=Presentation(code=winner_code, figures=graph_figure, summary=graph_summary, lines=graph_lines),
     )
 
 

@@ -33,7 +33,7 @@ from ..preferences import (
 from ..preferences.language_models import SMOLLM2
 from .pair_training import PairRecipe, PairSource, PreparedPairs, drift, entangled, prepared, train
 from .readers import DataError, content_hash, require_content
-from .study import Metric, Outcome, Run, Study
+from .study import Metric, Outcome, Presentation, Run, Study
 
 ACCURACY = Metric("preference accuracy", "higher is better", "%")
 RANKING = Metric("ranking accuracy", "higher is better", "%")
@@ -299,6 +299,7 @@ def preferences_study(
         data=named,
         data_key=source.content or "facts",
         settings={**dataclasses.asdict(recipe), **dataclasses.asdict(source)},
+        presentation=Presentation(prepare=prepare, code=winner_code, figures=drift_figure),
     )
 
 

@@ -35,7 +35,7 @@ from ..classifier import ObjectiveClassifier
 from ..training import Recipe
 from .label_noise import flip_uniformly
 from .readers import DataError, content_hash, nearest, read_table, require_column
-from .study import Metric, Outcome, Run, Study
+from .study import Metric, Outcome, Presentation, Run, Study
 
 AT_BEST = "any measure at its best"
 TRAINING, BOOTSTRAP, PAC_BAYES, SPECTRAL = "training error", "bootstrap", "PAC-Bayes bound", "spectral margin bound"
@@ -323,6 +323,9 @@ def bounds_study(
         data=described,
         data_key="noisy digits" if model is None else source.content(),
         settings={"delta": delta, **({} if model is None else dataclasses.asdict(source))},
+        presentation=Presentation(
+            figures=audit_figure, summary=lambda _, record: audit_summary(record), lines=audit_lines
+        ),
     )
 
 
@@ -378,6 +381,13 @@ def audit_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             value = summary["measures"][name]
             rows.append((name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else "-"))
     return rows
+
+
+def audit_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return the lines that a terminal shows of an audit: its rows, and the advice."""
+    rows = audit_rows(summary)
+    wide = max(len(name) for name, _ in rows)
+    return [*(f"{name:{wide}}  {value}" for name, value in rows), "", summary["advice"]]
 
 
 def audit_figure(study: Study, record: Mapping[str, Any]) -> list[dict[str, str]]:

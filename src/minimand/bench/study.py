@@ -109,6 +109,26 @@ class BatchedContender(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Presentation:
+    """What a comparison does and shows that others do not; each part may be None.
+
+    Args:
+        prepare: Does once what all cells need, telling what is under way, and may complete the study.
+        code: Lines of Python that train the contender of that name.
+        figures: Draws what the report shows besides its charts: dicts of ``title``, ``caption`` and ``svg``, the last
+            an ``<svg>`` element whose texts are escaped.
+        summary: What ``--json`` prints besides.
+        lines: What the terminal shows besides, line by line, of that summary.
+    """
+
+    prepare: Callable[[Study, Callable[[str], None]], Study] | None = None
+    code: Callable[[Study, str], str] | None = None
+    figures: Callable[[Study, dict[str, Any]], list[dict[str, str]]] | None = None
+    summary: Callable[[Study, dict[str, Any]], dict[str, Any]] | None = None
+    lines: Callable[[dict[str, Any]], Sequence[str]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Study:
     """A rerunnable experiment that tests a method's central claim.
 
@@ -127,6 +147,7 @@ class Study:
         data: The data in a few words, for people.
         data_key: Hash of the data, which decides with the settings and the code whether a cell was already run.
         settings: Everything that was set and decides the outcome, JSON-able.
+        presentation: What it does and shows that others do not.
     """
 
     method: str
@@ -142,6 +163,7 @@ class Study:
     data: str = "built-in"
     data_key: str = "built-in"
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    presentation: Presentation = Presentation()
 
     def __post_init__(self) -> None:
         if not self.contenders:

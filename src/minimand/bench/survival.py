@@ -22,7 +22,7 @@ from ..training import Recipe
 from ..transport import AttentionPool, InstancePool, MassRamp, MeanPool, OTPool, OTSurv
 from .readers import DataError
 from .slides import Cohort, folder_hash, read_slides
-from .study import Metric, Outcome, Run, Study
+from .study import Metric, Outcome, Presentation, Run, Study
 
 C_INDEX = Metric("C-index", "higher is better")
 LOG_RANK = Metric("log-rank p", "lower is better")
@@ -468,6 +468,7 @@ def survival_study(
             "folds": folds,
             "seed": seed,
         },
+        presentation=Presentation(code=winner_code, figures=survival_figure),
     )
 
 

@@ -147,7 +147,7 @@ class ConstrainedRewardsCallback(TrainerCallback):
             self._waited += 1
             there = self._waited % self.check_every == 0 and self.multipliers.reached(values)
             if there or self._waited >= self.patience:
-                self.search.tell(float(self.evaluate(kwargs.get("model"))))
+                self.search.tell(float(self.evaluate(kwargs["model"])))
                 self.multipliers.set_thresholds(self.search.ask().to(self.multipliers.thresholds))
                 self._waited = 0
         self._set_weights()
