@@ -378,7 +378,7 @@ def preferences(
         str, typer.Option("--model", help="A folder or a name on the hub of any causal language model.")
     ] = "smollm2-135m",
     train: Annotated[str, typer.Option("--train", help="last:BLOCKS, lora:RANK or all.")] = "last:2",
-    steps: Annotated[int, typer.Option("--steps", help="Steps of training.")] = 25,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of training.")] = 20,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs a step.")] = 4,
     lr: Annotated[
         list[float] | None, typer.Option("--lr", help="A learning rate to try; may be given again. Default: two.")

@@ -27,7 +27,8 @@ def categorical_kl(
 ) -> Float[Tensor, "*batch"]:
     """Compute KL(p || q) of categorical distributions given by their log-probabilities; 0 log 0 is 0."""
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(-1)
+    # "p == 0", not "p > 0": NaN must come through.
+    return torch.where(p == 0, torch.zeros_like(p), p * (log_p - log_q)).sum(-1)
 
 
 def comp_sum(log_probability: Float[Tensor, "*shape"], tau: float) -> Float[Tensor, "*shape"]:

@@ -105,6 +105,17 @@ def test_divergence_is_that_of_torch(home):
     assert float(wanted) > 0.01
 
 
+def test_pairs_are_measured_in_their_own_order_whatever_their_length(home):
+    data = PreparedPairs(source(home))
+    policy = train(data, range(40), DPOLoss(), PairRecipe(steps=3), lr=1e-2, rounds=1, seed=0).policy
+    places = [7, 3, 50, 12, 33, 8, 21, 5, 40]
+    together = drift(data, policy, places)
+    for rank, place in enumerate(places):
+        alone = drift(data, policy, [place])
+        assert float(together.chosen[rank]) == pytest.approx(float(alone.chosen), abs=1e-4)
+        assert float(together.likelier[rank]) == pytest.approx(float(alone.likelier), abs=1e-4)
+
+
 def test_a_tie_is_half_a_success():
     found = Drift(torch.tensor([1.0, 0.0, -1.0, 0.0]), torch.zeros(4), torch.tensor([2.0, 3.0, -1.0, -1.0]), 0.0)
     assert found.accuracy() == pytest.approx((1 + 0.5 + 0 + 0.5) / 4)

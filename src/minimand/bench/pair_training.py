@@ -215,7 +215,7 @@ class PairRecipe:
         max_grad_norm: Longer gradients are cut to this.
     """
 
-    steps: int = 25
+    steps: int = 20
     batch_size: int = 4
     rates: tuple[float, ...] = (1e-4, 3e-4)
     max_grad_norm: float = 1.0
@@ -346,12 +346,16 @@ def drift(
     """Measure a policy on pairs, without training.
 
     The divergence is exact for each next token, ``sum_v pi(v) (log pi(v) - log pi_ref(v))``, and its mean is taken
-    over the tokens of the given answers, not over answers that the policy would draw; of the first 32 pairs.
+    over the tokens of the given answers, not over answers that the policy would draw; of about 32 pairs of all lengths.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     total, count = 0.0, 0
-    for start in range(0, len(places), batch_size):
-        some = places[start : start + batch_size]
+    # Answers of one length together: the scores of padding are as dear as those of tokens.
+    order = sorted(range(len(places)), key=lambda rank: sum(map(len, data.pairs[places[rank]])))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    stride = math.ceil(len(batches) * batch_size / _DIVERGENCE_PAIRS)
+    for number, ranks in enumerate(batches):
+        some = [places[rank] for rank in ranks]
         *scores, batch = data.logits(policy, some)
         device = scores[0].device
         found = PairTokens(
@@ -363,14 +367,15 @@ def drift(
         sums = with_reference(found, [data.reference[place] for place in some]).sums()
         ref_chosen, ref_rejected = sums.references()
         parts.append((sums.chosen - ref_chosen, sums.rejected - ref_rejected, sums.chosen - sums.rejected))
-        if not divergence or start >= _DIVERGENCE_PAIRS:
+        if not divergence or number % stride:
             continue
         *others, _ = data.logits(data.frozen, some)
         for mine, theirs, mask in zip(scores, others, (found.chosen_mask, found.rejected_mask), strict=True):
             mine, theirs = (value[mask].float().log_softmax(-1) for value in (mine, theirs))
             total += float((mine.exp() * (mine - theirs)).sum())
             count += len(mine)
-    chosen, rejected, likelier = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+    back = torch.tensor(order).argsort()
+    chosen, rejected, likelier = (torch.cat(values).cpu()[back] for values in zip(*parts, strict=True))
     return Drift(chosen, rejected, likelier, total / count if divergence else math.nan)
 
 

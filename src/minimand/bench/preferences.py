@@ -222,7 +222,7 @@ def preferences_study(
     *,
     model: str = SMOLLM2,
     train: str = "last:2",
-    steps: int = 25,
+    steps: int = 20,
     batch_size: int = 4,
     rates: Sequence[float] = (1e-4, 3e-4),
     max_length: int | None = None,
