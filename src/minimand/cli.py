@@ -378,7 +378,7 @@ def preferences(
         str, typer.Option("--model", help="A folder or a name on the hub of any causal language model.")
     ] = "smollm2-135m",
     train: Annotated[str, typer.Option("--train", help="last:BLOCKS, lora:RANK or all.")] = "last:2",
-    steps: Annotated[int, typer.Option("--steps", help="Steps of training.")] = 20,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of training.")] = 15,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Pairs a step.")] = 4,
     lr: Annotated[
         list[float] | None, typer.Option("--lr", help="A learning rate to try; may be given again. Default: two.")
@@ -388,9 +388,12 @@ def preferences(
     ] = None,
     most: Annotated[int, typer.Option("--pairs", help="How many pairs to draw from a larger file.")] = 400,
     objective: Annotated[
-        list[str] | None, typer.Option("--objective", help="Only this objective; may be given again.")
+        list[str] | None,
+        typer.Option(
+            "--objective", help="Only this one; may be given again. all: every one. Default: one of each kind."
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="How many splits.")] = 2,
+    seeds: Annotated[int, typer.Option("--seeds", help="How many splits.")] = 4,
     engine: Engine = "local",
     jobs: Jobs = None,
     seed: Seed = 0,
@@ -447,6 +450,7 @@ def graph(
     out: Out = DEFAULT_OUT,
 ) -> None:
     """Which directed graph explains the columns of my table, and which way of learning it is best?"""
+
     def build() -> Study:
         from .bench.graph import graph_study
 

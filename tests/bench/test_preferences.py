@@ -168,7 +168,12 @@ def test_no_prompt_is_both_seen_and_measured_and_wrong_labels_only_teach(home):
 
 def test_every_contender_runs_and_the_cell_repeats(home):
     study = preferences_study(
-        str(home / "pairs.jsonl"), model=str(home / "model"), train="last:1", steps=3, rates=(1e-3,)
+        str(home / "pairs.jsonl"),
+        model=str(home / "model"),
+        train="last:1",
+        steps=3,
+        rates=(1e-3,),
+        objectives=("all",),
     )
     split = study.problem(None, 0)
     for name, contender in study.contenders.items():
@@ -230,7 +235,7 @@ def test_the_command_says_what_became_of_the_rows_and_writes_a_report(home):
         (["PAIRS", "--train", "first:2"], "--train must be last:BLOCKS, lora:RANK or all"),
         (["PAIRS", "--train", "last:9"], "the model has 2"),
         (["PAIRS", "--max-length", "100"], "reads at most 64 tokens"),
-        (["PAIRS", "--objective", "dpoo"], "there is no 'dpoo'; there are"),
+        (["PAIRS", "--objective", "dpoo"], "there is no 'dpoo'; there are all"),
         (["PAIRS", "--lr", "0"], "learning rates between 0 and 1"),
         (["PAIRS", "--steps", "0"], "--steps must be at least 1"),
         (["PAIRS", "--pairs", "5"], "--pairs must be at least 20"),

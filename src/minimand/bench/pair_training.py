@@ -215,7 +215,7 @@ class PairRecipe:
         max_grad_norm: Longer gradients are cut to this.
     """
 
-    steps: int = 20
+    steps: int = 15
     batch_size: int = 4
     rates: tuple[float, ...] = (1e-4, 3e-4)
     max_grad_norm: float = 1.0
@@ -289,14 +289,21 @@ def train(
 
 @torch.no_grad()
 def _snapshot(data: PreparedPairs, policy: nn.Module, places: Sequence[int]) -> dict[int, PairTokens]:
-    return {place: data.tokens(policy, [place]) for place in places}
+    order = sorted(places, key=lambda place: sum(map(len, data.pairs[place])))
+    found: dict[int, PairTokens] = {}
+    for start in range(0, len(order), 8):
+        some = order[start : start + 8]
+        tokens = data.tokens(policy, some)
+        for row, place in enumerate(some):
+            found[place] = PairTokens(*(None if values is None else values[row : row + 1] for values in tokens))
+    return found
 
 
 def _mixed(tokens: PairTokens, previous: Sequence[PairTokens], objective: Any) -> PairTokens:
     def rows(name: str, like: Tensor) -> Tensor:
         values = torch.zeros_like(like)
         for row, one in enumerate(previous):
-            part = getattr(one, name)[0]
+            part = getattr(one, name)[getattr(one, f"{name}_mask")]
             values[row, : len(part)] = part
         return values
 

@@ -44,6 +44,11 @@ ENTANGLED = Metric("entangled pairs", "lower is better", "%")
 MEMORY = Metric("peak memory", "lower is better", " MB")
 
 UNTRAINED = "no training"
+# Those that take part unless others are named: one of each kind, so that there is time for more splits.
+_USUAL = (
+    *("SFT", "implicit-reward SFT", "DPO", "IPO", "KTO", "SimPO", "ORPO", "RPO", "INPO", "normalized pairs"),
+    "reward heads (ensemble)",
+)
 ENSEMBLE = "reward heads (ensemble)"
 
 
@@ -222,13 +227,13 @@ def preferences_study(
     *,
     model: str = SMOLLM2,
     train: str = "last:2",
-    steps: int = 20,
+    steps: int = 15,
     batch_size: int = 4,
     rates: Sequence[float] = (1e-4, 3e-4),
     max_length: int | None = None,
     pairs: int = 400,
     objectives: Sequence[str] = (),
-    seeds: int = 2,
+    seeds: int = 4,
     seed: int = 0,
 ) -> Study:
     """Build the comparison of objectives on a user's pairs of answers.
@@ -243,7 +248,7 @@ def preferences_study(
         rates: Learning rates to choose from, for every objective alike.
         max_length: Most tokens in a prompt and one answer.
         pairs: How many are drawn from a larger file.
-        objectives: Names of some contenders; empty for all.
+        objectives: Names of some contenders; ``("all",)`` for every one there is, empty for one of each kind.
         seeds: Splits.
         seed: Decides splits, draws and the order of pairs.
 
@@ -269,11 +274,13 @@ def preferences_study(
     contenders: dict[str, Any] = {UNTRAINED: Untrained()}
     contenders |= {name: TrainPolicy(make, recipe, rounds) for name, (make, rounds) in known.items()}
     contenders[ENSEMBLE] = TrainRewardHeads()
-    if objectives:
+    if not objectives:
+        objectives = _USUAL
+    if tuple(objectives) != ("all",):
         by_lower = {name.lower(): name for name in contenders}
         unknown = [name for name in objectives if name.lower() not in by_lower]
         if unknown:
-            raise DataError(f"--objective: there is no {unknown[0]!r}; there are {', '.join(contenders)}")
+            raise DataError(f"--objective: there is no {unknown[0]!r}; there are all, {', '.join(contenders)}")
         wanted = {UNTRAINED, *(by_lower[name.lower()] for name in objectives)}
         contenders = {name: contender for name, contender in contenders.items() if name in wanted}
     source = PairSource(path, model, train, max_length, pairs, seed, content_hash(path))
@@ -295,7 +302,8 @@ def preferences_study(
         "Memory: of the process at its height, the model included. All objectives share data, model, optimizer, steps "
         f"and the choice among learning rates {tried} on a seventh of the pairs; "
         "betas are their papers' or TRL's. INPO plays two rounds on the given pairs, where its theory wants new ones. "
-        "The reward heads train no policy: they say how much of the preference can be read off the reference.",
+        "The reward heads train no policy: they say how much of the preference can be read off the reference. More "
+        "objectives take part with --objective all.",
         data=named,
         data_key=source.content or "facts",
         settings={**dataclasses.asdict(recipe), **dataclasses.asdict(source)},
