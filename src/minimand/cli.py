@@ -389,9 +389,7 @@ def preferences(
     most: Annotated[int, typer.Option("--pairs", help="How many pairs to draw from a larger file.")] = 400,
     objective: Annotated[
         list[str] | None,
-        typer.Option(
-            "--objective", help="Only this one; may be given again. all: every one. Default: one of each kind."
-        ),
+        typer.Option("--objective", help="Only this one, or all; may be given again. Default: one of each kind."),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="How many splits.")] = 4,
     engine: Engine = "local",

@@ -275,7 +275,7 @@ def test_pairs_are_drawn_from_a_larger_file_and_the_data_say_so(home):
 
 @pytest.mark.parametrize("winner", ["DPO", "RPO", "sparse token mask", ENSEMBLE, UNTRAINED])
 def test_the_code_of_the_winner_is_code(home, winner):
-    study = preferences_study(str(home / "pairs.jsonl"), model=str(home / "model"))
+    study = preferences_study(str(home / "pairs.jsonl"), model=str(home / "model"), objectives=("all",))
     code = winner_code(study, winner)
     compile(code, "winner", "exec")
     assert ("PairLossTrainer" in code) == (winner not in (ENSEMBLE, UNTRAINED))
