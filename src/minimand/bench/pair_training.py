@@ -260,24 +260,25 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.schedule)
     curves: dict[str, list[float]] = {"loss": [], "chosen drift": [], "rejected drift": []}
     queue: list[int] = []
-    previous: dict[int, PairTokens] = {}
-    hidden = hasattr(objective, "needs_hidden") and objective.needs_hidden
+    previous: Any = None  # the policy that the round began with
+    hidden = getattr(objective, "needs_hidden", False)
     for step in range(recipe.steps):
         if len(queue) < recipe.batch_size:
             queue += [places[place] for place in torch.randperm(len(places), generator=generator).tolist()]
         batch, queue = queue[: recipe.batch_size], queue[recipe.batch_size :]
         tokens = data.tokens(policy, batch, hidden=hidden)
+        sums = tokens.sums()
         if step and rounds > 1 and step % math.ceil(recipe.steps / rounds) == 0:
-            previous = _snapshot(data, policy, places)
-        loss = objective.from_tokens(
-            _mixed(tokens, [previous[place] for place in batch], objective) if previous else tokens
-        )
+            previous = copy.deepcopy(policy).requires_grad_(False)
+        if previous is not None:
+            with torch.no_grad():
+                tokens = _mixed(tokens, data.tokens(previous, batch), objective)
+        loss = objective.from_tokens(tokens)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, recipe.max_grad_norm)
         optimizer.step()
         schedule.step()
-        sums = tokens.sums()
         ref_chosen, ref_rejected = sums.references()
         curves["loss"].append(float(loss.detach()))
         curves["chosen drift"].append(float((sums.chosen - ref_chosen).detach().mean()))
@@ -287,31 +288,11 @@ def train(
     return Trained(policy.requires_grad_(False), curves, peak_megabytes())
 
 
-@torch.no_grad()
-def _snapshot(data: PreparedPairs, policy: nn.Module, places: Sequence[int]) -> dict[int, PairTokens]:
-    order = sorted(places, key=lambda place: sum(map(len, data.pairs[place])))
-    found: dict[int, PairTokens] = {}
-    for start in range(0, len(order), 8):
-        some = order[start : start + 8]
-        tokens = data.tokens(policy, some)
-        for row, place in enumerate(some):
-            found[place] = PairTokens(*(None if values is None else values[row : row + 1] for values in tokens))
-    return found
-
-
-def _mixed(tokens: PairTokens, previous: Sequence[PairTokens], objective: Any) -> PairTokens:
-    def rows(name: str, like: Tensor) -> Tensor:
-        values = torch.zeros_like(like)
-        for row, one in enumerate(previous):
-            part = getattr(one, name)[getattr(one, f"{name}_mask")]
-            values[row, : len(part)] = part
-        return values
-
-    assert tokens.ref_chosen is not None
-    assert tokens.ref_rejected is not None
+def _mixed(tokens: PairTokens, previous: PairTokens, objective: Any) -> PairTokens:
+    """Take the policy that a round began with into the reference."""
     return tokens._replace(
-        ref_chosen=objective.mixed_reference(tokens.ref_chosen, rows("chosen", tokens.ref_chosen)),
-        ref_rejected=objective.mixed_reference(tokens.ref_rejected, rows("rejected", tokens.ref_rejected)),
+        ref_chosen=objective.mixed_reference(tokens.ref_chosen, previous.chosen),
+        ref_rejected=objective.mixed_reference(tokens.ref_rejected, previous.rejected),
     )
 
 

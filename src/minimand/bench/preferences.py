@@ -46,7 +46,7 @@ MEMORY = Metric("peak memory", "lower is better", " MB")
 UNTRAINED = "no training"
 # Those that take part unless others are named: one of each kind, so that there is time for more splits.
 _USUAL = (
-    *("SFT", "implicit-reward SFT", "DPO", "IPO", "KTO", "SimPO", "ORPO", "RPO", "INPO", "normalized pairs"),
+    *("SFT", "implicit-reward SFT", "DPO", "IPO", "KTO", "SimPO", "RPO", "INPO", "normalized pairs"),
     "reward heads (ensemble)",
 )
 ENSEMBLE = "reward heads (ensemble)"
