@@ -279,7 +279,9 @@ def test_a_public_part_says_what_it_does_shows_it_and_names_its_source(room, nam
     part = getattr(importlib.import_module(f"minimand.{room}"), name)
     text = inspect.getdoc(part) or ""
     assert len(text.splitlines()[0]) > 20
-    result = inspect.isclass(part) and (issubclass(part, (tuple, Exception, enum.Enum)) or dataclasses.is_dataclass(part))
+    result = inspect.isclass(part) and (
+        issubclass(part, (tuple, Exception, enum.Enum)) or dataclasses.is_dataclass(part)
+    )
     if result or getattr(part, "_is_protocol", False):
         return  # a result, an error or a protocol shows itself where it is used
     assert "Example:" in text
