@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _ROOMS = (
-    *("bench", "bounds", "constraints", "losses", "optim", "preferences", "report"),
+    *("bench", "bounds", "constraints", "losses", "online", "optim", "policies", "preferences", "report"),
     *("risks", "scores", "studies", "survival", "training", "transport"),
 )
 
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
         bounds,
         constraints,
         losses,
+        online,
         optim,
+        policies,
         preferences,
         report,
         risks,

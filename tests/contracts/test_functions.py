@@ -8,7 +8,7 @@ import torch
 
 from minimand import bounds, constraints, optim, preferences, transport
 
-ROOMS = ("constraints", "transport", "optim", "bounds", "preferences")
+ROOMS = ("constraints", "transport", "optim", "bounds", "preferences", "policies", "online")
 
 
 def finite(value):

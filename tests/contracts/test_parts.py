@@ -20,7 +20,7 @@ from torch.nn import functional
 import minimand
 from minimand import constraints, losses, preferences, risks, transport
 
-ROOMS = ("losses", "risks", "constraints", "transport", "optim", "bounds", "preferences")
+ROOMS = ("losses", "risks", "constraints", "transport", "optim", "bounds", "preferences", "policies", "online")
 PARTS = [
     (room, name)
     for room in ROOMS

@@ -99,7 +99,7 @@ SOLVERS = {
 
 def exported():
     found = set()
-    for room in ("losses", "risks", "constraints", "transport", "optim", "bounds", "preferences"):
+    for room in ("losses", "risks", "constraints", "transport", "optim", "bounds", "preferences", "policies", "online"):
         module = importlib.import_module(f"minimand.{room}")
         for name in module.__all__:
             part = getattr(module, name)

@@ -1,0 +1,3 @@
+"""Deciding as data arrive: bandits, adversaries, and questions worth asking."""
+
+__all__: list[str] = []
