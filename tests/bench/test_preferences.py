@@ -282,6 +282,18 @@ def test_the_code_of_the_winner_is_code(home, winner):
     assert len(code.splitlines()) <= 16
 
 
+@pytest.mark.parametrize(("winner", "part"), [("sparse token mask", "last:1"), ("RPO", "lora:2"), (ENSEMBLE, "last:1")])
+def test_the_code_of_the_winner_runs_as_it_stands(home, tmp_path, monkeypatch, winner, part):
+    study = preferences_study(str(home / "pairs.jsonl"), model=str(home / "model"), train=part, objectives=("all",))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(winner_code(study, winner), names)
+    if winner == ENSEMBLE:
+        assert torch.isfinite(names["reward"](names["chosen"])).all()
+    else:
+        assert names["trainer"].state.global_step > 0
+
+
 def test_the_figure_names_every_objective_inside_its_frame():
     study = preferences_study()
     names = [name for name in study.contenders if name not in (UNTRAINED, ENSEMBLE)]

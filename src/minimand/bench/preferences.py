@@ -374,7 +374,7 @@ def winner_code(study: Study, winner: str) -> str:
         load,
         f"model = train_only(model, {source.part!r})",
         f"pairs = Dataset.from_list({pairs})",
-        f'settings = DPOConfig(output_dir="policy", learning_rate={max(study.settings["rates"]):g})',
+        f'settings = DPOConfig(output_dir="policy", learning_rate={max(study.settings["rates"]):g}, bf16=False)',
         "trainer = PairLossTrainer(",
         "    model, settings, train_dataset=pairs, processing_class=tokenizer,",
         f"    objective={make.code()},",
