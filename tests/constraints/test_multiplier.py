@@ -143,6 +143,7 @@ def test_bad_settings_are_refused_by_name(settings, says):
 @pytest.mark.untyped
 def test_it_compiles_whole():
     multiplier, other = Multiplier(0.5, damping=1.0), Multiplier(0.5, damping=1.0)
+    torch._dynamo.reset()
     compiled = torch.compile(multiplier, fullgraph=True, backend="aot_eager")
     for violation in (torch.tensor(0.3), torch.tensor(-0.1), torch.tensor(0.7)):
         assert torch.allclose(compiled(violation), other(violation))
