@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 
-from minimand import bounds, constraints, optim, preferences, transport
+from minimand import bounds, constraints, optim, policies, preferences, transport
 
 ROOMS = ("constraints", "transport", "optim", "bounds", "preferences", "policies", "online")
 
@@ -103,6 +103,12 @@ FIXED = {"diameter": 2.0, "grad_bound": 4.0, "smoothness": 1.0}
 
 # Name to a call on data to which ``x`` is added: 0.0, or NaN to see it refused.
 FUNCTIONS = {
+    "average_sharpe_rewards": lambda x: policies.average_sharpe_rewards(vector(x)),
+    "differential_sharpe_rewards": lambda x: policies.differential_sharpe_rewards(vector(x)),
+    "drawdowns": lambda x: policies.drawdowns(vector(x)),
+    "prefix_sharpe_ratios": lambda x: policies.prefix_sharpe_ratios(vector(x)),
+    "sharpe_ratio": lambda x: policies.sharpe_ratio(vector(x)),
+    "sortino_ratio": lambda x: policies.sortino_ratio(vector(x)),
     "acyclicity": lambda x: constraints.acyclicity(vector(x).view(2, 2).square() / 4),
     "kkt_residual": lambda x: constraints.kkt_residual(vector(x).view(2, 2), torch.zeros(2, 2)),
     "order_score": lambda x: constraints.order_score(torch.eye(2) + x, [1, 0]),

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 import minimand
-from minimand import constraints, losses, preferences, risks, transport
+from minimand import constraints, losses, policies, preferences, risks, transport
 
 ROOMS = ("losses", "risks", "constraints", "transport", "optim", "bounds", "preferences", "policies", "online")
 PARTS = [
@@ -162,7 +162,13 @@ def masked(part, dtype):
     ), logp
 
 
+def period(part, dtype):
+    log_returns = scores(dtype).requires_grad_()
+    return part(log_returns), log_returns
+
+
 MODULES = {
+    "SharpeLoss": (policies.SharpeLoss, period),
     "SparseTokenMask": (lambda: preferences.SparseTokenMask(4), masked),
     "CtrlUReward": (
         lambda: preferences.CtrlUReward(nn.Linear(3, 3), nn.CrossEntropyLoss(reduction="none"), warmup_steps=2),
