@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 
-from minimand import bounds, constraints, optim, policies, preferences, transport
+from minimand import bounds, constraints, online, optim, policies, preferences, transport
 
 ROOMS = ("constraints", "transport", "optim", "bounds", "preferences", "policies", "online")
 
@@ -103,6 +103,8 @@ FIXED = {"diameter": 2.0, "grad_bound": 4.0, "smoothness": 1.0}
 
 # Name to a call on data to which ``x`` is added: 0.0, or NaN to see it refused.
 FUNCTIONS = {
+    "inverse_gap_weights": lambda x: online.inverse_gap_weights(vector(x), gamma=4.0),
+    "online_regression_loss": lambda x: online.online_regression_loss(ROWS + x, vector(0.0).sigmoid()),
     "average_sharpe_rewards": lambda x: policies.average_sharpe_rewards(vector(x)),
     "differential_sharpe_rewards": lambda x: policies.differential_sharpe_rewards(vector(x)),
     "drawdowns": lambda x: policies.drawdowns(vector(x)),

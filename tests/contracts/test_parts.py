@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 import minimand
-from minimand import constraints, losses, policies, preferences, risks, transport
+from minimand import constraints, losses, online, policies, preferences, risks, transport
 
 ROOMS = ("losses", "risks", "constraints", "transport", "optim", "bounds", "preferences", "policies", "online")
 PARTS = [
@@ -167,7 +167,26 @@ def period(part, dtype):
     return part(log_returns), log_returns
 
 
+def perturbed(part, dtype):
+    contexts = scores(dtype).requires_grad_()
+    return part(contexts).mean() + part.penalty().to(dtype), contexts
+
+
+def bandit(part, dtype):
+    contexts = scores(dtype).requires_grad_()
+    decision = part.act(contexts.detach())
+    part.update(contexts.detach(), decision.action, decision.probability)
+    return part(contexts).sum(), contexts
+
+
+def questioned(part, dtype):
+    counts = scores(dtype).abs().requires_grad_()
+    return part(counts, scores(dtype).flip(0).abs()).square().sum(), counts
+
+
 MODULES = {
+    "NeuralCB": (lambda: online.NeuralCB(nn.Linear(3, 3), radius=0.1), bandit),
+    "PerturbedOutput": (lambda: online.PerturbedOutput(nn.Linear(3, 1), strength=0.1), perturbed),
     "SharpeLoss": (policies.SharpeLoss, period),
     "SparseTokenMask": (lambda: preferences.SparseTokenMask(4), masked),
     "CtrlUReward": (
