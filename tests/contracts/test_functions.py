@@ -103,6 +103,15 @@ FIXED = {"diameter": 2.0, "grad_bound": 4.0, "smoothness": 1.0}
 
 # Name to a call on data to which ``x`` is added: 0.0, or NaN to see it refused.
 FUNCTIONS = {
+    "drift": lambda x: policies.drift(EVEN, vector(x) + 2),
+    "portfolio_log_returns": lambda x: policies.portfolio_log_returns(EVEN.expand(2, 4), ROWS + 2 + x),
+    "price_image": lambda x: policies.price_image(
+        (ROWS + 2 + x).view(4, 2, 1), torch.tensor([3]), EVEN[None, 1:] * 4 / 3, window=2
+    ),
+    "walk_forward": lambda x: policies.walk_forward(
+        lambda past, held: EVEN[:2] * 2 + x, policies.PriceHistory((ROWS + 2).view(4, 2)), start=0
+    ),
+    "wealth_after_trade": lambda x: policies.wealth_after_trade(EVEN, EVEN.flip(0) + x),
     "inverse_gap_weights": lambda x: online.inverse_gap_weights(vector(x), gamma=4.0),
     "online_regression_loss": lambda x: online.online_regression_loss(ROWS + x, vector(0.0).sigmoid()),
     "average_sharpe_rewards": lambda x: policies.average_sharpe_rewards(vector(x)),
@@ -295,7 +304,7 @@ def exported():
 
 
 # These read files, tokens and models, no numbers that could be NaN.
-READERS = {"collate_pairs", "load_language_model", "read_pairs", "tokenize_pairs", "train_only"}
+READERS = {"collate_pairs", "load_language_model", "read_pairs", "read_prices", "tokenize_pairs", "train_only"}
 
 
 def test_every_function_has_a_row():

@@ -1,5 +1,6 @@
 """Learning to act: from logged decisions, under constraints, for several objectives at once."""
 
+from .price_history import PriceHistory, read_prices
 from .sharpe import (
     AverageSharpeReward,
     SharpeLoss,
@@ -10,14 +11,52 @@ from .sharpe import (
     sharpe_ratio,
     sortino_ratio,
 )
+from .stock_augmented_distributional_dp import (
+    ExpectedUtility,
+    FirstStock,
+    ReturnLaw,
+    StockLayer,
+    StockMDP,
+    StockSolution,
+    stock_update,
+)
+from .trading import (
+    Backtest,
+    Observation,
+    Step,
+    TradingEnvironment,
+    drift,
+    portfolio_log_returns,
+    price_image,
+    walk_forward,
+    wealth_after_trade,
+)
 
 __all__ = [
     "AverageSharpeReward",
+    "Backtest",
+    "ExpectedUtility",
+    "FirstStock",
+    "Observation",
+    "PriceHistory",
+    "ReturnLaw",
     "SharpeLoss",
+    "Step",
+    "StockLayer",
+    "StockMDP",
+    "StockSolution",
+    "TradingEnvironment",
     "average_sharpe_rewards",
     "differential_sharpe_rewards",
     "drawdowns",
+    "drift",
+    "portfolio_log_returns",
     "prefix_sharpe_ratios",
+    "price_image",
+    "read_prices",
     "sharpe_ratio",
     "sortino_ratio",
+    "stock_update",
+    "walk_forward",
+    "wealth_after_trade",
 ]
