@@ -11,15 +11,6 @@ from .sharpe import (
     sharpe_ratio,
     sortino_ratio,
 )
-from .stock_augmented_distributional_dp import (
-    ExpectedUtility,
-    FirstStock,
-    ReturnLaw,
-    StockLayer,
-    StockMDP,
-    StockSolution,
-    stock_update,
-)
 from .trading import (
     Backtest,
     Observation,
@@ -35,16 +26,10 @@ from .trading import (
 __all__ = [
     "AverageSharpeReward",
     "Backtest",
-    "ExpectedUtility",
-    "FirstStock",
     "Observation",
     "PriceHistory",
-    "ReturnLaw",
     "SharpeLoss",
     "Step",
-    "StockLayer",
-    "StockMDP",
-    "StockSolution",
     "TradingEnvironment",
     "average_sharpe_rewards",
     "differential_sharpe_rewards",
@@ -56,7 +41,6 @@ __all__ = [
     "read_prices",
     "sharpe_ratio",
     "sortino_ratio",
-    "stock_update",
     "walk_forward",
     "wealth_after_trade",
 ]
