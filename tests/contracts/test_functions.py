@@ -103,6 +103,19 @@ FIXED = {"diameter": 2.0, "grad_bound": 4.0, "smoothness": 1.0}
 
 # Name to a call on data to which ``x`` is added: 0.0, or NaN to see it refused.
 FUNCTIONS = {
+    "complexity": lambda x: online.complexity(vector(x), torch.eye(4, dtype=torch.float64)),
+    "generalized_binary_search": lambda x: online.generalized_binary_search(
+        ROWS.abs() + x, ROWS.abs(), hypotheses=online.thresholds(4)
+    ),
+    "thresholds": lambda x: online.thresholds(int(4 + x)),
+    "train_robust_policy": lambda x: online.train_robust_policy(
+        online.QueryNetwork(2, budget=2, hidden=(4,)),
+        online.QueryGame(online.thresholds(2), budget=2),
+        radii=torch.tensor([6.0 + x]),
+        num_instances=4,
+        num_steps=2,
+    ),
+    "uniform_allocation": lambda x: online.uniform_allocation(ROWS.abs() + x, ROWS.abs()),
     "drift": lambda x: policies.drift(EVEN, vector(x) + 2),
     "portfolio_log_returns": lambda x: policies.portfolio_log_returns(EVEN.expand(2, 4), ROWS + 2 + x),
     "price_image": lambda x: policies.price_image(

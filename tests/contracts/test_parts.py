@@ -185,6 +185,7 @@ def questioned(part, dtype):
 
 
 MODULES = {
+    "QueryNetwork": (lambda: online.QueryNetwork(3, budget=5, hidden=(8,)), questioned),
     "NeuralCB": (lambda: online.NeuralCB(nn.Linear(3, 3), radius=0.1), bandit),
     "PerturbedOutput": (lambda: online.PerturbedOutput(nn.Linear(3, 1), strength=0.1), perturbed),
     "SharpeLoss": (policies.SharpeLoss, period),

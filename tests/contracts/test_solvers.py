@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 
-from minimand import bounds, constraints, preferences, transport
+from minimand import bounds, constraints, online, preferences, transport
 from minimand.stopping import Stop
 
 STEEP = torch.linspace(0, 1, 8)[:, None], torch.linspace(0, 3, 8)[:, None].square()
@@ -49,6 +49,16 @@ def circling():
 
 # Name to a call ``(max_iter, max_seconds) -> Stop`` on a problem that takes more than one iteration.
 SOLVERS = {
+    "QueryGame": lambda max_iter, max_seconds: (
+        online.QueryGame(online.thresholds(2), budget=3)
+        .solve(online.thresholds(2) / 2, max_iter=max_iter, max_seconds=max_seconds)
+        .status
+    ),
+    "complexity": lambda max_iter, max_seconds: (
+        online.complexity(
+            torch.tensor([3.0, 2.0, 0.0]), torch.eye(3), max_iter=max_iter, max_seconds=max_seconds
+        ).status
+    ),
     "f_matching_dual": lambda max_iter, max_seconds: (
         preferences.f_matching_dual(
             torch.tensor([0.7, 0.2, 0.1]),
