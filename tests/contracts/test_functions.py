@@ -103,6 +103,20 @@ FIXED = {"diameter": 2.0, "grad_bound": 4.0, "smoothness": 1.0}
 
 # Name to a call on data to which ``x`` is added: 0.0, or NaN to see it refused.
 FUNCTIONS = {
+    "maximum_sharpe": lambda x: policies.maximum_sharpe(EVEN + x, torch.eye(4, dtype=torch.float64)),
+    "minimum_variance": lambda x: policies.minimum_variance(torch.eye(4) + x),
+    "risk_parity": lambda x: policies.risk_parity(torch.eye(4) + x).weights,
+    "shrunk_moments": lambda x: policies.shrunk_moments(ROWS + x),
+    "drift": lambda x: policies.drift(EVEN, vector(x) + 2),
+    "portfolio_log_returns": lambda x: policies.portfolio_log_returns(EVEN.expand(2, 4), ROWS + 2 + x),
+    "price_image": lambda x: policies.price_image(
+        (ROWS + 2 + x).view(4, 2, 1), torch.tensor([3]), EVEN[None, 1:] * 4 / 3, window=2
+    ),
+    "walk_forward": lambda x: policies.walk_forward(
+        lambda past, held: EVEN[:2] * 2 + x, policies.PriceHistory((ROWS + 2).view(4, 2)), start=0
+    ),
+    "stock_update": lambda x: policies.stock_update(vector(x), vector(0.0), discount=0.9),
+    "wealth_after_trade": lambda x: policies.wealth_after_trade(EVEN, EVEN.flip(0) + x),
     "complexity": lambda x: online.complexity(vector(x), torch.eye(4, dtype=torch.float64)),
     "generalized_binary_search": lambda x: online.generalized_binary_search(
         ROWS.abs() + x, ROWS.abs(), hypotheses=online.thresholds(4)
@@ -116,15 +130,6 @@ FUNCTIONS = {
         num_steps=2,
     ),
     "uniform_allocation": lambda x: online.uniform_allocation(ROWS.abs() + x, ROWS.abs()),
-    "drift": lambda x: policies.drift(EVEN, vector(x) + 2),
-    "portfolio_log_returns": lambda x: policies.portfolio_log_returns(EVEN.expand(2, 4), ROWS + 2 + x),
-    "price_image": lambda x: policies.price_image(
-        (ROWS + 2 + x).view(4, 2, 1), torch.tensor([3]), EVEN[None, 1:] * 4 / 3, window=2
-    ),
-    "walk_forward": lambda x: policies.walk_forward(
-        lambda past, held: EVEN[:2] * 2 + x, policies.PriceHistory((ROWS + 2).view(4, 2)), start=0
-    ),
-    "wealth_after_trade": lambda x: policies.wealth_after_trade(EVEN, EVEN.flip(0) + x),
     "inverse_gap_weights": lambda x: online.inverse_gap_weights(vector(x), gamma=4.0),
     "online_regression_loss": lambda x: online.online_regression_loss(ROWS + x, vector(0.0).sigmoid()),
     "average_sharpe_rewards": lambda x: policies.average_sharpe_rewards(vector(x)),

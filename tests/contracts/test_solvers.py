@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 
-from minimand import bounds, constraints, online, preferences, transport
+from minimand import bounds, constraints, online, policies, preferences, transport
 from minimand.stopping import Stop
 
 STEEP = torch.linspace(0, 1, 8)[:, None], torch.linspace(0, 3, 8)[:, None].square()
@@ -47,8 +47,24 @@ def circling():
     return beats, torch.tensor([0.8, 0.1, 0.1], dtype=torch.float64)
 
 
+def stocked(max_iter, max_seconds):
+    """One unit up or down at each of three steps, towards a target."""
+    reward = torch.tensor([1.0, -1.0]).view(1, 2, 1)
+    mdp = policies.StockMDP(torch.ones(1, 2, 1), reward, discount=1.0)
+    settings = {"horizon": 3, "max_iter": max_iter, "max_seconds": max_seconds}
+    return mdp.value_iteration(policies.ExpectedUtility.target(), torch.tensor([0]), torch.tensor([-1.0]), **settings)
+
+
 # Name to a call ``(max_iter, max_seconds) -> Stop`` on a problem that takes more than one iteration.
 SOLVERS = {
+    "risk_parity": lambda max_iter, max_seconds: (
+        policies.risk_parity(
+            torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]]),
+            max_iter=max_iter,
+            max_seconds=max_seconds,
+        ).status
+    ),
+    "StockMDP": lambda max_iter, max_seconds: stocked(max_iter, max_seconds).status,
     "QueryGame": lambda max_iter, max_seconds: (
         online.QueryGame(online.thresholds(2), budget=3)
         .solve(online.thresholds(2) / 2, max_iter=max_iter, max_seconds=max_seconds)

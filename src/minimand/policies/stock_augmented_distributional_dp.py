@@ -1,0 +1,932 @@
+r"""Optimise the distribution of the return, not its mean alone: dynamic programming over states with a stock.
+
+The best action for a tail mean or for a target total depends on what has been earned already. The state is therefore
+augmented by a *stock* :math:`c`, which starts where the user says and moves by
+
+.. math:: C_{t+1} = (C_t + R_{t+1}) / \gamma, \qquad\text{so that}\qquad C_0 + G_0 = \gamma^t (C_t + G_t)
+
+for the return :math:`G_t = R_{t+1} + \gamma G_{t+1}`: what is left at step t is the first problem, scaled. For an
+objective :math:`U`, the law :math:`\eta(s, c)` of the return from each augmented state is improved by
+
+.. math:: \pi_k(s, c) \in \arg\max_a U(\mathrm{law}(c + R + \gamma G')), \qquad
+          \eta_{k+1}(s, c) = \mathrm{law}(R + \gamma G'), \qquad G' \sim \eta_k(s', (c + R) / \gamma),
+
+the first with a given action (value iteration), or with :math:`\eta^{\pi_k}` in place of :math:`\eta_k` (policy
+iteration). Both reach the optimum from every augmented state at once if U is
+
+(a) indifferent to mixtures: parts of a mixture replaced by better ones make no worse a mixture;
+(b) indifferent to the discount: what is better stays better when scaled by :math:`\gamma`;
+(c) Lipschitz in the 1-Wasserstein distance, unless the process ends after finitely many steps.
+
+An expected utility :math:`U(\nu) = E_{X \sim \nu} f(X)` has (a); as such utilities are unique up to scale and
+origin, it has (b) exactly if :math:`f(\gamma x) = a f(x) + b` with :math:`a > 0`; and (c) if f is Lipschitz. Tail means
+and quantiles lack (a), but are optimised by expected utilities from a well-chosen first stock, which
+:meth:`StockMDP.best_cvar` and :meth:`StockMDP.best_quantile` search for.
+
+The laws are exact: from given starts, finitely many augmented states can be reached in finitely many steps.
+
+Source: Ávila Pires, Rowland, Borsa, Guo, Khetarpal, Barreto, Abel, Munos and Dabney, "Optimizing Return Distributions
+with Distributional Dynamic Programming", JMLR 2025, arXiv 2501.13028; Rockafellar and Uryasev 2000 for the tail mean as
+a maximum over the first stock. The exact search for that stock and the bounds on its error are ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .. import checks
+from ..stopping import Budget, Stop
+
+_PROBES = 256
+
+
+def stock_update(
+    stock: Float[Tensor, "*stock"], reward: Float[Tensor, "*stock"], *, discount: float
+) -> Float[Tensor, "*stock"]:
+    r"""Compute the next stock :math:`(c + r) / \gamma`.
+
+    Args:
+        stock: What the discounted rewards so far and the first stock add up to, in units of the present step.
+        reward: Of this step.
+        discount: :math:`\gamma`, in (0, 1].
+
+    Returns:
+        The stock at the next step.
+
+    Raises:
+        ValueError: If the stock or reward is not finite, or the discount lies outside (0, 1].
+
+    Example:
+        >>> stock_update(torch.tensor([1.0]), torch.tensor([2.0]), discount=0.5)
+        tensor([6.])
+
+    Source:
+        Ávila Pires et al. 2025, arXiv 2501.13028, section 3.
+    """
+    _check_discount(discount)
+    for value, name in ((stock, "stock"), (reward, "reward")):
+        checks.floating(value, name)
+        checks.finite(value, name)
+    return (stock + reward) / discount
+
+
+@dataclasses.dataclass(frozen=True)
+class ReturnLaw:
+    """A law of returns with finitely many atoms.
+
+    Args:
+        atoms: The returns, ``(atoms,)``, or ``(atoms, rewards)`` where rewards are vectors.
+        weights: Their probabilities, ``(atoms,)``.
+
+    Example:
+        >>> law = ReturnLaw(torch.tensor([0.0, 1.0, 4.0]), torch.tensor([0.25, 0.25, 0.5]))
+        >>> law.mean(), law.cvar(0.5), law.quantile(0.25)
+        (tensor(2.2500), tensor(0.5000), tensor(1.))
+
+    Source:
+        Rockafellar and Uryasev 2000, "Optimization of conditional value-at-risk".
+    """
+
+    atoms: Tensor
+    weights: Tensor
+
+    def mean(self) -> Float[Tensor, "*rewards"]:
+        """Return the mean."""
+        return self.weights @ self.atoms
+
+    def cvar(self, tau: float) -> Float[Tensor, ""]:
+        """Return the mean of the worst share of the law, the atom on the border split.
+
+        Args:
+            tau: The share, in (0, 1].
+
+        Raises:
+            ValueError: If tau lies outside (0, 1], or the returns are vectors.
+        """
+        checks.between(tau, "tau", 0, 1, low_open=True)
+        atoms, weights = self._sorted()
+        before = weights.cumsum(0) - weights
+        return (weights.minimum((tau - before).clamp_min(0)) * atoms).sum() / tau
+
+    def quantile(self, tau: float) -> Float[Tensor, ""]:
+        """Return the largest g below which the law has no more than tau of its mass: the upper quantile.
+
+        Args:
+            tau: The level, in [0, 1).
+
+        Raises:
+            ValueError: If tau lies outside [0, 1), or the returns are vectors.
+        """
+        checks.between(tau, "tau", 0, 1, high_open=True)
+        atoms, weights = self._sorted()
+        # A level that sums of weights should meet exactly must not be missed by their rounding.
+        below = weights.cumsum(0) - weights <= tau + _slack(weights)
+        return atoms[below.sum() - 1]
+
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        if self.atoms.dim() != 1:
+            raise ValueError(f"a tail is of returns that are numbers, got vectors of shape {tuple(self.atoms.shape)}")
+        atoms, order = self.atoms.sort()
+        return atoms, self.weights[order]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpectedUtility:
+    r"""The objective :math:`U(\nu) = E_{X \sim \nu} f(X)` of the stock plus the return, :math:`X = c + G`.
+
+    Args:
+        function: f, from ``(*batch,)`` to ``(*batch,)``, or from ``(*batch, rewards)`` where rewards are vectors.
+        lipschitz: A number L with :math:`|f(x) - f(y)| \le L \|x - y\|_2`; infinity if there is none. Needed for
+            processes that do not end.
+        name: For messages.
+
+    Example:
+        >>> utility = ExpectedUtility(lambda total: total.clamp_max(0.0), lipschitz=1.0)
+        >>> utility.refusal(discount=0.9) is None
+        True
+        >>> print(ExpectedUtility(torch.exp, name="exp").refusal(discount=0.9))  # doctest: +ELLIPSIS
+        exp is not indifferent to the discount: ...
+
+    Source:
+        Ávila Pires et al. 2025, arXiv 2501.13028, sections 4 and 5.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    lipschitz: float = math.inf
+    name: str = "the utility"
+
+    @classmethod
+    def mean(cls) -> ExpectedUtility:
+        """Make :math:`f(x) = x`: ordinary reinforcement learning."""
+        return cls(lambda total: total, 1.0, "mean")
+
+    @classmethod
+    def lower_tail(cls) -> ExpectedUtility:
+        r"""Make :math:`f(x) = \min(x, 0)`: what totals fall short of zero, which serves the tail mean."""
+        return cls(lambda total: total.clamp_max(0), 1.0, "lower tail")
+
+    @classmethod
+    def upper_tail(cls) -> ExpectedUtility:
+        r"""Make :math:`f(x) = \max(x, 0)`: by what totals exceed zero."""
+        return cls(lambda total: total.clamp_min(0), 1.0, "upper tail")
+
+    @classmethod
+    def target(cls) -> ExpectedUtility:
+        """Make :math:`f(x) = -|x|`: from the first stock -g, how close the return comes to g."""
+        return cls(lambda total: -total.abs(), 1.0, "target")
+
+    @classmethod
+    def homeostasis(cls) -> ExpectedUtility:
+        r"""Make :math:`f(x) = -\|x\|_2` for vectors of rewards: how close every resource comes to its set point."""
+        return cls(lambda total: -torch.linalg.vector_norm(total, dim=-1), 1.0, "homeostasis")
+
+    @classmethod
+    def at_least(cls) -> ExpectedUtility:
+        """Make :math:`f(x) = 1` if x is at least 0, else 0: from the first stock -g, how surely the return reaches g.
+
+        It jumps, so it is no objective for processes that do not end; and where totals are not exact in floating point,
+        put g between two of them.
+        """
+        return cls(lambda total: (total >= 0).to(total.dtype), math.inf, "at least")
+
+    @classmethod
+    def shortfall(cls, weight: float) -> ExpectedUtility:
+        r"""Make :math:`f(x) = x - w \max(-x, 0)`: the mean, with a price on what the total lacks.
+
+        Args:
+            weight: w, at least 0.
+        """
+        checks.non_negative(weight, "weight")
+        return cls(lambda total: total - weight * (-total).clamp_min(0), 1.0 + weight, "shortfall")
+
+    def refusal(self, *, discount: float, scale: float = 1.0, rewards: int | None = None) -> str | None:
+        """Say why dynamic programming is wrong for this objective under the discount, or None if it is right.
+
+        Condition (b) is tested at points of all sizes up to ``scale``: it may be met there though not farther out.
+
+        Args:
+            discount: In (0, 1].
+            scale: How large totals get.
+            rewards: Entries of a reward; None where it is a number.
+
+        Returns:
+            The condition that fails and where, or None.
+        """
+        _check_discount(discount)
+        checks.positive(scale, "scale")
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(_PROBES, rewards or 1, generator=generator, dtype=torch.float64)
+        size = torch.logspace(-6, 0, _PROBES // 4, dtype=torch.float64).repeat(4)[:, None]
+        points = scale * size * direction / torch.linalg.vector_norm(direction, dim=1, keepdim=True)
+        points = torch.cat([points, torch.zeros_like(points[:1])])
+        values, scaled = (self(each.squeeze(1) if rewards is None else each) for each in (points, discount * points))
+        if not bool(torch.isfinite(values).all() and torch.isfinite(scaled).all()):
+            return f"{self.name} is not finite at all totals of size up to {scale:.4g}"
+        if discount < 1:
+            centred, spread = values - values.mean(), float(values.max() - values.min())
+            slope = float((centred @ (scaled - scaled.mean())) / (centred @ centred)) if spread else 1.0
+            misfit = (scaled - scaled.mean() - slope * centred).abs()
+            if slope <= 0 or float(misfit.max()) > 1e-9 * max(spread, float(scaled.max() - scaled.min())):
+                where = points[int(misfit.argmax())].tolist()
+                return (
+                    f"{self.name} is not indifferent to the discount: f({discount} x) is no increasing affine function "
+                    f"of f(x), as seen at x = {where}; take discount 1, or an f such as min(x, 0), |x| or x^2"
+                )
+        if math.isfinite(self.lipschitz):
+            steps = torch.linalg.vector_norm(points[1:] - points[:-1], dim=1)
+            steepest = float(((values[1:] - values[:-1]).abs() / steps).max())
+            if steepest > self.lipschitz * (1 + 1e-6):
+                return f"{self.name} is said to have Lipschitz constant {self.lipschitz}, but rises by {steepest:.6g}"
+        return None
+
+    def __call__(self, total: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Return f of totals."""
+        return self.function(total)
+
+
+@dataclasses.dataclass(frozen=True)
+class StockLayer:
+    """The augmented states that can be reached at one step.
+
+    Args:
+        state: ``(nodes,)``.
+        stock: ``(nodes,)``, or ``(nodes, rewards)``.
+        action: What the policy does there, ``(nodes,)``; 0 where the process has ended.
+        value: The objective there, ``(nodes,)``.
+    """
+
+    state: Tensor
+    stock: Tensor
+    action: Tensor
+    value: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class StockSolution:
+    """What value or policy iteration found.
+
+    Args:
+        value: The objective from each start, ``(starts,)``.
+        laws: The law of the return from each start.
+        layers: The policy at each step, over what can be reached from the starts.
+        error_bound: How far ``value`` is from the optimum at most, rounding aside; infinity if not known.
+        iterations: Sweeps, or improvements of the policy.
+        status: Why it stopped. Short of ``CONVERGED``, laws and policy are those of the last iterate.
+        discount: Of the process.
+        resolution: Totals closer than this are one.
+    """
+
+    value: Tensor
+    laws: tuple[ReturnLaw, ...]
+    layers: tuple[StockLayer, ...]
+    error_bound: float
+    iterations: int
+    status: Stop
+    discount: float
+    resolution: float
+
+    def action(self, step: int, state: int, stock: Float[Tensor, "*rewards"] | float) -> int:
+        """Return what the policy does.
+
+        Args:
+            step: Steps taken since the start.
+            state: The present state.
+            stock: The present stock.
+
+        Raises:
+            ValueError: If this state and stock are not reached at this step.
+        """
+        if not 0 <= step < len(self.layers):
+            raise ValueError(f"step must lie in [0, {len(self.layers) - 1}], got {step}")
+        layer = self.layers[step]
+        # In units of the first step: the stock itself grows with the step, and its rounding with it.
+        away = (layer.stock - torch.as_tensor(stock).to(layer.stock)).abs() * self.discount**step
+        away = away.reshape(len(away), -1).amax(1).masked_fill(layer.state != state, math.inf)
+        nearest = int(away.argmin())
+        if not float(away[nearest]) <= 4 * self.resolution:
+            raise ValueError(
+                f"state {state} with stock {stock} is not reached at step {step} from the starts solved for"
+            )
+        return int(layer.action[nearest])
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstStock:
+    """What a search for the first stock found.
+
+    Args:
+        value: The tail mean or quantile of the policy's return.
+        stock: The first stock to act from. It is never chosen anew within an episode.
+        solution: The policy, solved for from this stock.
+        gap: How far ``value`` is from the optimum at most, rounding aside.
+        iterations: Rounds of the search.
+        evaluations: First stocks solved for.
+        status: Why it stopped.
+    """
+
+    value: float
+    stock: float
+    solution: StockSolution
+    gap: float
+    iterations: int
+    evaluations: int
+    status: Stop
+
+
+class StockMDP:
+    r"""A finite Markov decision process whose states carry a stock, known in full.
+
+    A state that stays where it is without reward under every action is an end.
+
+    Args:
+        transition: Probabilities of the next state, ``(states, actions, states)``.
+        reward: Of each transition, ``(states, actions, states)``; vectors are ``(states, actions, states, rewards)``.
+        discount: :math:`\gamma`, in (0, 1].
+        max_nodes: Most augmented states at any one step: beyond, a solver raises rather than fill the memory. Rewards
+            on a grid, such as integers with discount 1, keep them few.
+
+    Raises:
+        TypeError: If a tensor is not of a floating-point dtype.
+        ValueError: If shapes do not fit, rows are no probabilities, a reward is not finite, or the discount lies
+            outside (0, 1].
+
+    Example:
+        >>> # From state 0, one unit for sure, or three or nothing; then the same again; then the end.
+        >>> transition = torch.zeros(5, 2, 5)
+        >>> reward = torch.zeros(5, 2, 5)
+        >>> for first, sure, lucky in ((0, 1, 2), (1, 3, 4), (2, 3, 4)):
+        ...     transition[first, 0, sure], reward[first, 0, sure] = 1.0, 1.0
+        ...     transition[first, 1, sure], transition[first, 1, lucky], reward[first, 1, lucky] = 0.5, 0.5, 3.0
+        >>> transition[3:, :, 3:] = torch.eye(2)[:, None]
+        >>> mdp = StockMDP(transition, reward, discount=1.0)
+        >>> best = mdp.value_iteration(ExpectedUtility.target(), torch.tensor([0]), torch.tensor([-4.0]))
+        >>> best.value, best.status  # gamble, then take one unit if it was won, else gamble again
+        (tensor([-1.2500]), <Stop.CONVERGED: 'converged'>)
+        >>> best.action(0, 0, -4.0), best.action(1, 2, -1.0), best.action(1, 1, -4.0)
+        (1, 0, 1)
+        >>> mdp.best_cvar(0, tau=0.5).value
+        2.0
+
+    Source:
+        Ávila Pires et al. 2025, arXiv 2501.13028, sections 3 to 5.
+    """
+
+    def __init__(
+        self,
+        transition: Float[Tensor, "states actions states"],
+        reward: Float[Tensor, "states actions states *rewards"],
+        *,
+        discount: float,
+        max_nodes: int = 1_000_000,
+    ) -> None:
+        for value, name in ((transition, "transition"), (reward, "reward")):
+            checks.floating(value, name)
+            checks.not_empty(value, name)
+            checks.finite(value, name)
+        if transition.dim() != 3 or transition.shape[0] != transition.shape[2]:
+            raise ValueError(f"transition must have shape (states, actions, states), got {tuple(transition.shape)}")
+        if reward.shape[:3] != transition.shape or reward.dim() > 4:
+            raise ValueError(
+                f"reward must have shape {tuple(transition.shape)}, or with the entries of a vector behind, "
+                f"got {tuple(reward.shape)}"
+            )
+        _check_discount(discount)
+        checks.positive(max_nodes, "max_nodes")
+        slack = _slack(transition)
+        checks.require(
+            (transition >= 0).all() & ((transition.sum(-1) - 1).abs() <= slack).all(),
+            lambda: "transition must hold probabilities that add up to 1 over the next states",
+        )
+        self.transition = transition.detach()
+        self.discount = float(discount)
+        self.max_nodes = int(max_nodes)
+        self.num_rewards = reward.shape[3] if reward.dim() == 4 else None
+        self._reward = reward.detach().to(transition).reshape(*transition.shape, -1)
+        states = torch.arange(len(transition), device=transition.device)
+        possible = transition > 0
+        unpaid = ~(possible[..., None] & (self._reward != 0)).flatten(1).any(1)
+        stays = (transition[states, :, states] > 0).all(1) & (possible.sum(-1) == 1).all(1)
+        self.ends = stays & unpaid
+        sizes = torch.linalg.vector_norm(self._reward, dim=-1)
+        self._largest = float(sizes.masked_fill(~possible, 0).max())
+
+    def value_iteration(
+        self,
+        utility: ExpectedUtility,
+        state: Int[Tensor, " starts"],
+        stock: Float[Tensor, "starts *rewards"],
+        *,
+        horizon: int | None = None,
+        tolerance: float = 1e-6,
+        max_iter: int = 10_000,
+        max_seconds: float | None = None,
+    ) -> StockSolution:
+        r"""Sweep :math:`\eta_{k+1} = T_{\pi_k} \eta_k` with greedy :math:`\pi_k`, from the law that pays nothing.
+
+        As many sweeps as there are steps are exact. After fewer, k, the value is the optimum of the first k steps, so
+        it errs by no more than :math:`L R_{\max} (\gamma^k + \gamma^{k+1} + \dots)`.
+
+        Args:
+            utility: The objective of the stock plus the return.
+            state: First states.
+            stock: First stocks.
+            horizon: Steps until the process is stopped; None to go on to its end, or, if it has none, until what is
+                still to come is worth no more than ``tolerance``.
+            tolerance: See ``horizon``; it plays no other part.
+            max_iter: Most sweeps.
+            max_seconds: Most seconds; None for no limit.
+
+        Returns:
+            Values, laws, policy, and why the sweeps stopped.
+
+        Raises:
+            ValueError: If the objective is one that dynamic programming does not optimise here, with the reason.
+        """
+        budget = Budget(max_iter, max_seconds)
+        tree = self._unroll(utility, state, stock, horizon, tolerance)
+        steps, sweeps = len(tree.layers) - 1, 0
+        laws = [_nothing(layer) for layer in tree.layers]
+        actions = [torch.zeros_like(layer.state) for layer in tree.layers]
+        status = None
+        while sweeps < steps and (status := budget.spent(sweeps)) is None:
+            # Upwards in place: each law is made of one of the sweep before. The last layers are final already.
+            for step in range(steps - sweeps):
+                outlook = self._outlook(tree, step, laws[step + 1], utility)
+                actions[step] = _greedy(outlook.quality)
+                laws[step] = self._follow(tree, step, outlook, actions[step])
+            sweeps += 1
+        missing = sum(self.discount**step for step in range(sweeps, steps)) * self._largest
+        bound = tree.tail + (utility.lipschitz * missing if missing else 0.0)
+        return self._solution(tree, utility, laws, actions, bound, sweeps, status or Stop.CONVERGED)
+
+    def policy_iteration(
+        self,
+        utility: ExpectedUtility,
+        state: Int[Tensor, " starts"],
+        stock: Float[Tensor, "starts *rewards"],
+        *,
+        horizon: int | None = None,
+        tolerance: float = 1e-6,
+        max_iter: int = 10_000,
+        max_seconds: float | None = None,
+    ) -> StockSolution:
+        """Evaluate the policy exactly, make it greedy, and so on until no action is better than its own.
+
+        The first policy takes action 0. Each improvement makes one more step from the end optimal, so there are no more
+        improvements than steps, and usually far fewer.
+
+        Args:
+            utility: The objective of the stock plus the return.
+            state: First states.
+            stock: First stocks.
+            horizon: As in :meth:`value_iteration`.
+            tolerance: As in :meth:`value_iteration`.
+            max_iter: Most improvements.
+            max_seconds: Most seconds; None for no limit.
+
+        Returns:
+            Values, laws, policy, and why the improvements stopped. Short of convergence the policy is the last one, its
+            laws are its own, and its distance from the optimum is not known.
+
+        Raises:
+            ValueError: If the objective is one that dynamic programming does not optimise here, with the reason.
+        """
+        budget = Budget(max_iter, max_seconds)
+        tree = self._unroll(utility, state, stock, horizon, tolerance)
+        actions = [torch.zeros_like(layer.state) for layer in tree.layers]
+        improvements = 0
+        while (status := budget.spent(improvements)) is None:
+            laws, better = self._evaluate(tree, utility, actions)
+            if all(torch.equal(old, new) for old, new in zip(actions, better, strict=True)):
+                status = Stop.CONVERGED
+                break
+            actions = better
+            improvements += 1
+        if status is not Stop.CONVERGED:
+            laws, _ = self._evaluate(tree, utility, actions)
+        bound = tree.tail if status is Stop.CONVERGED else math.inf
+        return self._solution(tree, utility, laws, actions, bound, improvements, status)
+
+    def best_cvar(
+        self,
+        state: int,
+        *,
+        tau: float,
+        horizon: int | None = None,
+        tolerance: float = 1e-6,
+        max_iter: int = 10_000,
+        max_seconds: float | None = None,
+    ) -> FirstStock:
+        r"""Find the policy whose return has the highest mean over its worst share, by a search for the first stock.
+
+        .. math:: \max_\pi \mathrm{CVaR}_\tau(G^\pi) = \max_b\; h(b), \qquad
+                  h(b) = b + \tfrac{1}{\tau} \max_\pi E \min(G^\pi - b, 0),
+
+        where the stock starts at -b. Between two returns that are possible h is convex, as a maximum of linear
+        functions, so its maximum is at a possible return. It rises by at most 1 and falls by at most
+        :math:`1/\tau - 1` a unit: ranges that this shows to hold nothing better are left out, the others halved.
+
+        Args:
+            state: The first state.
+            tau: The share, in (0, 1]; 1 is the mean.
+            horizon: As in :meth:`value_iteration`.
+            tolerance: The error allowed in the value.
+            max_iter: Most rounds of halving.
+            max_seconds: Most seconds; None for no limit.
+
+        Returns:
+            The tail mean, the stock to start with, and the policy from there.
+
+        Raises:
+            ValueError: If tau lies outside (0, 1], rewards are vectors, or the process neither ends nor discounts.
+        """
+        checks.between(tau, "tau", 0, 1, low_open=True)
+        checks.non_negative(tolerance, "tolerance")
+        budget = Budget(max_iter, max_seconds)
+        utility, start = ExpectedUtility.lower_tail(), self._start(state)
+        # Half of the tolerance is for what comes after the last step looked at, half for the search.
+        tree = self._unroll(utility, start, self._number(0.0)[None], horizon, tolerance * tau / 2)
+        levels = self._totals(tree)
+
+        def heights(places: Tensor) -> Tensor:
+            chosen = levels[places]
+            solved = self._backward(utility, start.expand(len(places)), -chosen, len(tree.layers) - 1)
+            return chosen + solved.value / tau
+
+        left, right = torch.zeros(1, dtype=torch.long, device=levels.device), torch.tensor([len(levels) - 1]).to(start)
+        low, high = heights(left), heights(right)
+        place, best = (left[0], low[0]) if low[0] >= high[0] else (right[0], high[0])
+        evaluations, rounds, fall = 2, 0, 1 / tau - 1
+        left_out = best
+        while True:
+            ceiling = low + (high - low + fall * (levels[right] - levels[left])) / (1 + fall)
+            live = (right - left > 1) & (ceiling > best + tolerance / 2)
+            left_out = torch.cat([left_out[None], ceiling[~live & (right - left > 1)]]).max()
+            if not bool(live.any()):
+                status = Stop.CONVERGED
+                break
+            if (spent := budget.spent(rounds)) is not None:
+                status = spent
+                left_out = left_out.maximum(ceiling[live].max())
+                break
+            left, right, low, high = left[live], right[live], low[live], high[live]
+            middle = (left + right) // 2
+            height = heights(middle)
+            if height.max() > best:
+                place, best = middle[height.argmax()], height.max()
+            left, right = torch.cat([left, middle]), torch.cat([middle, right])
+            low, high = torch.cat([low, height]), torch.cat([height, high])
+            evaluations, rounds = evaluations + len(middle), rounds + 1
+        solution = self._backward(utility, start, -levels[place][None], len(tree.layers) - 1, tail=tree.tail)
+        return FirstStock(
+            value=float(solution.laws[0].cvar(tau)),
+            stock=-float(levels[place]),
+            solution=solution,
+            gap=max(float(left_out - best), 0.0) + tree.tail / tau,
+            iterations=rounds,
+            evaluations=evaluations,
+            status=status,
+        )
+
+    def best_quantile(
+        self,
+        state: int,
+        *,
+        tau: float,
+        horizon: int | None = None,
+        max_iter: int = 10_000,
+        max_seconds: float | None = None,
+    ) -> FirstStock:
+        r"""Find the policy whose return has the highest quantile, by bisection over the first stock.
+
+        The highest upper quantile is the largest g with :math:`\max_\pi P(G^\pi \ge g) \ge 1 - \tau`, and that maximum
+        falls with g.
+
+        Args:
+            state: The first state.
+            tau: The level, in [0, 1); 0 is the worst case.
+            horizon: Steps until the process is stopped; None to go on to its end.
+            max_iter: Most bisections.
+            max_seconds: Most seconds; None for no limit.
+
+        Returns:
+            The quantile, the stock to start with, and the policy from there.
+
+        Raises:
+            ValueError: If tau lies outside [0, 1), rewards are vectors, or the process does not end and has no horizon.
+        """
+        checks.between(tau, "tau", 0, 1, high_open=True)
+        budget = Budget(max_iter, max_seconds)
+        utility, start = ExpectedUtility.at_least(), self._start(state)
+        tree = self._unroll(utility, start, self._number(0.0)[None], horizon, 0.0)
+        levels = self._totals(tree)
+        # Thresholds between two possible returns ask the same of them and leave room for rounding.
+        thresholds = torch.cat([levels[:1] - 1, (levels[1:] + levels[:-1]) / 2])
+        low, high, rounds = 0, len(levels), 0
+        status = None
+        while high - low > 1 and (status := budget.spent(rounds)) is None:
+            middle = (low + high) // 2
+            reached = self._backward(utility, start, -thresholds[middle][None], len(tree.layers) - 1).value[0]
+            if reached >= 1 - tau - _slack(reached):
+                low = middle
+            else:
+                high = middle
+            rounds += 1
+        solution = self._backward(utility, start, -thresholds[low][None], len(tree.layers) - 1)
+        value = float(solution.laws[0].quantile(tau))
+        return FirstStock(
+            value=value,
+            stock=-float(thresholds[low]),
+            solution=solution,
+            gap=float(levels[high - 1] - levels[low]),
+            iterations=rounds,
+            evaluations=rounds + 1,
+            status=status or Stop.CONVERGED,
+        )
+
+    def _start(self, state: int) -> Tensor:
+        if self.num_rewards is not None:
+            raise ValueError(f"tails are of returns that are numbers, got rewards of {self.num_rewards} entries")
+        return torch.tensor([state], device=self.transition.device)
+
+    def _number(self, value: float) -> Tensor:
+        return self.transition.new_tensor(value)
+
+    def _shaped(self, totals: Tensor) -> Tensor:
+        """Return totals ``(count, entries)`` as users see them."""
+        return totals.squeeze(1) if self.num_rewards is None else totals
+
+    def _steps_to_the_end(self, state: Tensor) -> int | None:
+        """Return the most steps from these states to an end, or None if there are runs without end."""
+        follows = (self.transition > 0).any(1)
+        running = torch.zeros_like(self.ends)
+        running[state] = True
+        for step in range(len(running) + 1):
+            running = running & ~self.ends
+            if not bool(running.any()):
+                return step
+            running = follows[running].any(0)
+        return None
+
+    def _unroll(
+        self, utility: ExpectedUtility, state: Tensor, stock: Tensor, horizon: int | None, tolerance: float
+    ) -> _Tree:
+        """Check starts and objective, then list the augmented states of every step."""
+        if not isinstance(utility, ExpectedUtility):
+            raise TypeError(
+                "utility must be an ExpectedUtility: other objectives, such as a variance, a quantile or a tail mean "
+                "taken as it is, are not indifferent to mixtures, so that a greedy step on them need not improve them, "
+                f"got {type(utility).__name__}"
+            )
+        checks.floating(stock, "stock")
+        checks.finite(stock, "stock")
+        checks.tensor(state, "state")
+        checks.non_negative(tolerance, "tolerance")
+        entries = () if self.num_rewards is None else (self.num_rewards,)
+        if state.dim() != 1 or not len(state) or state.is_floating_point():
+            raise ValueError(
+                f"state must hold the indices of first states, got shape {tuple(state.shape)}, {state.dtype}"
+            )
+        if tuple(stock.shape) != (len(state), *entries):
+            raise ValueError(
+                f"stock must have shape {(len(state), *entries)}, that of rewards, got {tuple(stock.shape)}"
+            )
+        checks.require(
+            (state >= 0) & (state < len(self.transition)),
+            lambda: f"state must lie in [0, {len(self.transition) - 1}], got {state.tolist()}",
+        )
+        if horizon is not None and (isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 0):
+            raise ValueError(f"horizon must be an integer of at least 0 or None, got {horizon!r}")
+        steps, tail = self._steps(utility, state, horizon, tolerance)
+        stock = stock.to(self.transition).reshape(len(state), -1)
+        paid = self._largest * sum(self.discount**step for step in range(steps))
+        scale = float(torch.linalg.vector_norm(stock, dim=1).max()) + paid
+        # What is left at the last step is scaled by the discount as often as there were steps.
+        reason = utility.refusal(
+            discount=self.discount, scale=(scale or 1.0) * self.discount**-steps, rewards=self.num_rewards
+        )
+        if reason is not None:
+            raise ValueError(f"utility cannot be optimised here: {reason}")
+        return self._list(state, stock, steps, tail, scale)
+
+    def _steps(
+        self, utility: ExpectedUtility, state: Tensor, horizon: int | None, tolerance: float
+    ) -> tuple[int, float]:
+        """Return how many steps to look at, and what those after may be worth."""
+        natural = self._steps_to_the_end(state)
+        if natural is not None:
+            return (natural if horizon is None else min(natural, horizon)), 0.0
+        if horizon is not None:
+            return horizon, 0.0
+        if self.discount == 1:
+            raise ValueError("horizon must be given: the process does not end, and discount is 1")
+        if not math.isfinite(utility.lipschitz):
+            raise ValueError(
+                f"utility cannot be optimised here: {utility.name} has no Lipschitz constant and the process does not "
+                "end, so that no finite number of steps comes close; give a horizon, or a Lipschitz utility"
+            )
+        rest = utility.lipschitz * self._largest / (1 - self.discount)
+        checks.positive(tolerance, "tolerance of a process that does not end")
+        steps = max(math.ceil(math.log(tolerance / rest) / math.log(self.discount)), 0) if rest else 0
+        return steps, rest * self.discount**steps
+
+    def _list(self, state: Tensor, stock: Tensor, steps: int, tail: float, scale: float) -> _Tree:
+        resolution = 1024 * torch.finfo(stock.dtype).eps * (scale or 1.0)
+        starts, state, stock = _distinct(state, stock, resolution)
+        layers = []
+        for step in range(steps + 1):
+            if len(state) > self.max_nodes:
+                raise ValueError(
+                    f"max_nodes is {self.max_nodes}, but {len(state)} augmented states can be reached at step {step}: "
+                    "take a shorter horizon, fewer starts, or rewards rounded to a grid"
+                )
+            moving = ~self.ends[state] if step < steps else torch.zeros_like(state, dtype=torch.bool)
+            possible = (self.transition[state] > 0) & moving[:, None, None]
+            edge, action, following = possible.nonzero(as_tuple=True)
+            reward = self._reward[state[edge], action, following]
+            after = (stock[edge] + reward) / self.discount
+            successor, next_state, next_stock = _distinct(following, after, resolution / self.discount ** (step + 1))
+            layers.append(
+                _Layer(
+                    state=state,
+                    stock=stock,
+                    stopped=~moving,
+                    node=edge,
+                    action=action,
+                    successor=successor,
+                    probability=self.transition[state[edge], action, following],
+                    reward=reward,
+                )
+            )
+            state, stock = next_state, next_stock
+        return _Tree(tuple(layers), starts, tail, resolution)
+
+    def _totals(self, tree: _Tree) -> Tensor:
+        """Return the first stock plus the return at the ends of all runs, ascending."""
+        totals = torch.cat([self.discount**step * layer.stock[layer.stopped] for step, layer in enumerate(tree.layers)])
+        _, _, totals = _distinct(torch.zeros_like(totals[:, 0]).long(), totals, tree.resolution)
+        return totals.squeeze(1).sort().values
+
+    def _outlook(self, tree: _Tree, step: int, laws: _Laws, utility: ExpectedUtility) -> _Outlook:
+        """Compute the return of every action at one step, and what it is worth."""
+        layer = tree.layers[step]
+        edge, atom = laws.of(layer.successor)
+        returns = layer.reward[edge] + self.discount * laws.atoms[atom]
+        weights = layer.probability[edge] * laws.weights[atom]
+        worth = weights * utility(self._shaped(layer.stock[layer.node[edge]] + returns))
+        count = self.transition.shape[1]
+        place = layer.node[edge] * count + layer.action[edge]
+        quality = worth.new_zeros(len(layer.state) * count).index_add_(0, place, worth)
+        return _Outlook(quality.view(-1, count), edge, returns, weights)
+
+    def _follow(self, tree: _Tree, step: int, outlook: _Outlook, action: Tensor) -> _Laws:
+        """Compute the laws of the return under the chosen actions."""
+        layer = tree.layers[step]
+        node = layer.node[outlook.edge]
+        chosen = layer.action[outlook.edge] == action[node]
+        stopped = layer.stopped.nonzero().squeeze(1)
+        nodes = torch.cat([node[chosen], stopped])
+        returns = torch.cat([outlook.returns[chosen], outlook.returns.new_zeros(len(stopped), layer.stock.shape[1])])
+        weights = torch.cat([outlook.weights[chosen], outlook.weights.new_ones(len(stopped))])
+        inverse, node, atoms = _distinct(nodes, returns, tree.resolution / self.discount**step)
+        weights = weights.new_zeros(len(node)).index_add_(0, inverse, weights)
+        return _Laws(atoms, weights, torch.bincount(node, minlength=len(layer.state)))
+
+    def _evaluate(
+        self, tree: _Tree, utility: ExpectedUtility, actions: list[Tensor]
+    ) -> tuple[list[_Laws], list[Tensor]]:
+        """Compute a policy's laws, and the policy that is greedy on them but keeps to actions that are as good."""
+        laws, better = [_nothing(tree.layers[-1])], [actions[-1]]
+        for step in reversed(range(len(tree.layers) - 1)):
+            outlook = self._outlook(tree, step, laws[0], utility)
+            better.insert(0, _greedy(outlook.quality, actions[step]))
+            laws.insert(0, self._follow(tree, step, outlook, actions[step]))
+        return laws, better
+
+    def _backward(
+        self, utility: ExpectedUtility, state: Tensor, stock: Tensor, steps: int, *, tail: float = 0.0
+    ) -> StockSolution:
+        """Solve in one pass from the last step to the first: the fixed point of both iterations."""
+        scale = float(stock.abs().max()) + self._largest * sum(self.discount**step for step in range(steps))
+        tree = self._list(state, stock[:, None], steps, tail, scale)
+        laws, actions = [_nothing(tree.layers[-1])], [torch.zeros_like(tree.layers[-1].state)]
+        for step in reversed(range(steps)):
+            outlook = self._outlook(tree, step, laws[0], utility)
+            actions.insert(0, _greedy(outlook.quality))
+            laws.insert(0, self._follow(tree, step, outlook, actions[0]))
+        return self._solution(tree, utility, laws, actions, tail, 1, Stop.CONVERGED)
+
+    def _solution(
+        self,
+        tree: _Tree,
+        utility: ExpectedUtility,
+        laws: list[_Laws],
+        actions: list[Tensor],
+        bound: float,
+        iterations: int,
+        status: Stop,
+    ) -> StockSolution:
+        layers = []
+        for layer, law, action in zip(tree.layers, laws, actions, strict=True):
+            node = torch.repeat_interleave(law.counts)
+            worth = law.weights * utility(self._shaped(layer.stock[node] + law.atoms))
+            value = worth.new_zeros(len(layer.state)).index_add_(0, node, worth)
+            layers.append(StockLayer(layer.state, self._shaped(layer.stock), action, value))
+        counts = laws[0].counts.tolist()
+        atoms, weights = self._shaped(laws[0].atoms).split(counts), laws[0].weights.split(counts)
+        return StockSolution(
+            value=layers[0].value[tree.starts],
+            laws=tuple(ReturnLaw(atoms[node], weights[node]) for node in tree.starts.tolist()),
+            layers=tuple(layers),
+            error_bound=bound,
+            iterations=iterations,
+            status=status,
+            discount=self.discount,
+            resolution=tree.resolution,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """The augmented states of one step, and the transitions from them: a row each."""
+
+    state: Tensor
+    stock: Tensor
+    stopped: Tensor
+    node: Tensor
+    action: Tensor
+    successor: Tensor
+    probability: Tensor
+    reward: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tree:
+    layers: tuple[_Layer, ...]
+    starts: Tensor
+    tail: float
+    resolution: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Laws:
+    """A law for each node, one behind the other."""
+
+    atoms: Tensor
+    weights: Tensor
+    counts: Tensor
+
+    def of(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all pairs of a place in ``nodes`` and an atom of the law of the node there."""
+        counts = self.counts[nodes]
+        place = torch.repeat_interleave(counts)
+        first = (self.counts.cumsum(0) - self.counts)[nodes]
+        within = torch.arange(len(place), device=place.device) - (counts.cumsum(0) - counts)[place]
+        return place, first[place] + within
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outlook:
+    quality: Tensor
+    edge: Tensor
+    returns: Tensor
+    weights: Tensor
+
+
+def _nothing(layer: _Layer) -> _Laws:
+    """Return the laws that pay nothing."""
+    count = len(layer.state)
+    return _Laws(torch.zeros_like(layer.stock), layer.stock.new_ones(count), torch.ones_like(layer.state))
+
+
+def _greedy(quality: Tensor, current: Tensor | None = None) -> Tensor:
+    """Return the best actions; of those that differ by rounding alone the current, or else the first."""
+    best = quality.amax(1, keepdim=True)
+    good = quality >= best - 64 * torch.finfo(quality.dtype).eps * quality.abs().amax(1, keepdim=True)
+    first = good.long().argmax(1)
+    if current is None:
+        return first
+    return torch.where(good.gather(1, current[:, None]).squeeze(1), current, first)
+
+
+def _distinct(label: Tensor, totals: Tensor, resolution: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where each labelled total went, and the labels and totals that differ, by label and then by total."""
+    key = torch.cat([label[:, None], (totals / resolution).round().long()], dim=1)
+    found, inverse, counts = torch.unique(key, dim=0, return_inverse=True, return_counts=True)
+    kept = totals.new_zeros(len(found), totals.shape[1]).index_add_(0, inverse, totals) / counts[:, None]
+    return inverse, found[:, 0], kept
+
+
+def _slack(weights: Tensor) -> float:
+    """Return by how much sums of probabilities may differ through rounding."""
+    return 1024 * torch.finfo(weights.dtype).eps
+
+
+def _check_discount(discount: float) -> None:
+    checks.between(discount, "discount", 0, 1, low_open=True)
