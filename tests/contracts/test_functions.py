@@ -131,6 +131,11 @@ FUNCTIONS = {
     ),
     "uniform_allocation": lambda x: online.uniform_allocation(ROWS.abs() + x, ROWS.abs()),
     "inverse_gap_weights": lambda x: online.inverse_gap_weights(vector(x), gamma=4.0),
+    "play_bandit": lambda x: online.play_bandit(
+        online.NeuralCB(torch.nn.Linear(4, 2).double()),
+        online.ClassificationBandit(ROWS + x, torch.tensor([0, 1])),
+        num_rounds=3,
+    ),
     "online_regression_loss": lambda x: online.online_regression_loss(ROWS + x, vector(0.0).sigmoid()),
     "average_sharpe_rewards": lambda x: policies.average_sharpe_rewards(vector(x)),
     "differential_sharpe_rewards": lambda x: policies.differential_sharpe_rewards(vector(x)),

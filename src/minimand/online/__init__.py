@@ -1,5 +1,6 @@
 """Deciding as data arrive: bandits, adversaries, and questions worth asking."""
 
+from .classification_bandit import BanditAgent, BanditRun, ClassificationBandit, play_bandit
 from .learning_to_actively_learn import (
     ActiveLearner,
     GameSolution,
@@ -24,6 +25,9 @@ from .problem_complexity import ComplexitySolution, complexity
 
 __all__ = [
     "ActiveLearner",
+    "BanditAgent",
+    "BanditRun",
+    "ClassificationBandit",
     "ComplexitySolution",
     "Decision",
     "GameSolution",
@@ -38,6 +42,7 @@ __all__ = [
     "generalized_binary_search",
     "inverse_gap_weights",
     "online_regression_loss",
+    "play_bandit",
     "thresholds",
     "train_robust_policy",
     "uniform_allocation",
