@@ -17,6 +17,7 @@ hook = install_import_hook(
         "minimand.online",
         "minimand.optim",
         "minimand.policies",
+        "minimand.ppo",
         "minimand.preferences",
         "minimand.projections",
         "minimand.transport",

@@ -103,6 +103,12 @@ FIXED = {"diameter": 2.0, "grad_bound": 4.0, "smoothness": 1.0}
 
 # Name to a call on data to which ``x`` is added: 0.0, or NaN to see it refused.
 FUNCTIONS = {
+    "train_portfolio": lambda x: policies.train_portfolio(
+        policies.PortfolioPolicy(2, window=2, width=2, hidden=4),
+        policies.PriceHistory((torch.linspace(1, 2, 24) + x).view(12, 2)),
+        horizon=4,
+        max_iter=1,
+    ),
     "maximum_sharpe": lambda x: policies.maximum_sharpe(EVEN + x, torch.eye(4, dtype=torch.float64)),
     "minimum_variance": lambda x: policies.minimum_variance(torch.eye(4) + x),
     "risk_parity": lambda x: policies.risk_parity(torch.eye(4) + x).weights,

@@ -184,7 +184,14 @@ def questioned(part, dtype):
     return part(counts, scores(dtype).flip(0).abs()).square().sum(), counts
 
 
+def price_reader(part, dtype):
+    image = scores(dtype, (6, 18)).view(6, 1, 6, 3).requires_grad_()
+    actions, values = part(image, scores(dtype))
+    return actions.square().mean() + values.square().mean(), image
+
+
 MODULES = {
+    "PortfolioPolicy": (lambda: policies.PortfolioPolicy(3, window=5, width=2, hidden=4), price_reader),
     "QueryNetwork": (lambda: online.QueryNetwork(3, budget=5, hidden=(8,)), questioned),
     "NeuralCB": (lambda: online.NeuralCB(nn.Linear(3, 3), radius=0.1), bandit),
     "PerturbedOutput": (lambda: online.PerturbedOutput(nn.Linear(3, 1), strength=0.1), perturbed),

@@ -57,6 +57,20 @@ def stocked(max_iter, max_seconds):
 
 # Name to a call ``(max_iter, max_seconds) -> Stop`` on a problem that takes more than one iteration.
 SOLVERS = {
+    "train_portfolio": lambda max_iter, max_seconds: (
+        policies.train_portfolio(
+            policies.PortfolioPolicy(2, window=2, width=2, hidden=4),
+            policies.PriceHistory(torch.linspace(1, 2, 24).view(12, 2)),
+            horizon=4,
+            num_episodes=2,
+            cost=0.0,
+            lr=1e-6,
+            patience=3,
+            tolerance=1e3,
+            max_iter=max_iter,
+            max_seconds=max_seconds,
+        ).status
+    ),
     "risk_parity": lambda max_iter, max_seconds: (
         policies.risk_parity(
             torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]]),

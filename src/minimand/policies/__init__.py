@@ -1,5 +1,6 @@
 """Learning to act: from logged decisions, under constraints, for several objectives at once."""
 
+from .portfolio import PortfolioPolicy, PortfolioTraining, train_portfolio
 from .price_history import PriceHistory, read_prices
 from .sharpe import (
     AverageSharpeReward,
@@ -39,6 +40,8 @@ __all__ = [
     "ExpectedUtility",
     "FirstStock",
     "Observation",
+    "PortfolioPolicy",
+    "PortfolioTraining",
     "PriceHistory",
     "ReturnLaw",
     "RiskParity",
@@ -63,6 +66,7 @@ __all__ = [
     "shrunk_moments",
     "sortino_ratio",
     "stock_update",
+    "train_portfolio",
     "walk_forward",
     "wealth_after_trade",
 ]

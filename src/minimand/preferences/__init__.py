@@ -1,5 +1,6 @@
 """Learning from comparisons: objectives on pairs of answers, rewards that are uncertain, and what goes wrong."""
 
+from ..ppo import clipped_policy_loss, clipped_value_loss, generalized_advantages, kl_estimate
 from .best_of_n import (
     BestOfNCurve,
     best_of_n,
@@ -70,7 +71,6 @@ from .pairs import (
     tokenize_pairs,
 )
 from .pointwise_losses import KTOLoss, SPPOLoss, kto_baseline, kto_loss, sppo_loss
-from .ppo import clipped_policy_loss, clipped_value_loss, generalized_advantages, kl_estimate
 from .preference_game import NashSolution, PreferenceGame
 from .reference_cache import ReferenceCache, with_reference
 from .reference_free_losses import (

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .. import checks
+from . import checks
 
 
 def generalized_advantages(
