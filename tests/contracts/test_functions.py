@@ -123,6 +123,23 @@ FUNCTIONS = {
     ),
     "stock_update": lambda x: policies.stock_update(vector(x), vector(0.0), discount=0.9),
     "wealth_after_trade": lambda x: policies.wealth_after_trade(EVEN, EVEN.flip(0) + x),
+    "exploration_bonus": lambda x: online.exploration_bonus(
+        ROWS[None] / 2 + x, torch.eye(4, dtype=torch.float64), EVEN[:2][None] * 2, scale=0.1
+    ),
+    "inverse_covariance": lambda x: online.inverse_covariance(ROWS + x, regularization=0.1),
+    "linear_q_estimate": lambda x: online.linear_q_estimate(
+        ROWS / 2, vector(x) / 2, torch.tensor(1.0).double(), torch.eye(4).double()
+    ),
+    "log_barrier_step": lambda x: online.log_barrier_step(vector(x), learning_rate=0.5),
+    "magnitude_reduced_estimate": lambda x: online.magnitude_reduced_estimate(
+        ROWS / 2,
+        vector(x) / 2,
+        torch.tensor(1.0).double(),
+        torch.eye(4).double(),
+        largest=2.0,
+        reference=ROWS / 2,
+    ),
+    "matrix_geometric_resampling": lambda x: online.matrix_geometric_resampling(ROWS[None] / 2 + x, regularization=0.1),
     "complexity": lambda x: online.complexity(vector(x), torch.eye(4, dtype=torch.float64)),
     "generalized_binary_search": lambda x: online.generalized_binary_search(
         ROWS.abs() + x, ROWS.abs(), hypotheses=online.thresholds(4)

@@ -89,6 +89,11 @@ SOLVERS = {
             torch.tensor([3.0, 2.0, 0.0]), torch.eye(3), max_iter=max_iter, max_seconds=max_seconds
         ).status
     ),
+    "log_barrier_step": lambda max_iter, max_seconds: (
+        online.log_barrier_step(
+            torch.tensor([0.0, 1.0, 9.0]), learning_rate=1.0, max_iter=max_iter, max_seconds=max_seconds
+        ).status
+    ),
     "f_matching_dual": lambda max_iter, max_seconds: (
         preferences.f_matching_dual(
             torch.tensor([0.7, 0.2, 0.1]),

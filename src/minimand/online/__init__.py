@@ -1,5 +1,15 @@
 """Deciding as data arrive: bandits, adversaries, and questions worth asking."""
 
+from .adversarial_linear_mdps import (
+    AdversarialMDPLearner,
+    BarrierStep,
+    exploration_bonus,
+    inverse_covariance,
+    linear_q_estimate,
+    log_barrier_step,
+    magnitude_reduced_estimate,
+    matrix_geometric_resampling,
+)
 from .classification_bandit import BanditAgent, BanditRun, ClassificationBandit, play_bandit
 from .learning_to_actively_learn import (
     ActiveLearner,
@@ -14,6 +24,7 @@ from .learning_to_actively_learn import (
     train_robust_policy,
     uniform_allocation,
 )
+from .linear_mdp import LinearMDP
 from .neural_contextual_bandits import (
     Decision,
     NeuralCB,
@@ -25,13 +36,16 @@ from .problem_complexity import ComplexitySolution, complexity
 
 __all__ = [
     "ActiveLearner",
+    "AdversarialMDPLearner",
     "BanditAgent",
     "BanditRun",
+    "BarrierStep",
     "ClassificationBandit",
     "ComplexitySolution",
     "Decision",
     "GameSolution",
     "Instances",
+    "LinearMDP",
     "NeuralCB",
     "PerturbedOutput",
     "QueryGame",
@@ -39,8 +53,14 @@ __all__ = [
     "RobustTraining",
     "TabularPolicy",
     "complexity",
+    "exploration_bonus",
     "generalized_binary_search",
+    "inverse_covariance",
     "inverse_gap_weights",
+    "linear_q_estimate",
+    "log_barrier_step",
+    "magnitude_reduced_estimate",
+    "matrix_geometric_resampling",
     "online_regression_loss",
     "play_bandit",
     "thresholds",
