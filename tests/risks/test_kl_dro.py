@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
@@ -103,6 +103,7 @@ def test_the_gradient_is_the_worst_weights():
 
 
 @settings(max_examples=150, deadline=None)
+@example(losses=[0.0, 1e-30, -1.0], radius=1.0, gap=1.0)
 @given(
     losses=st.lists(st.floats(-1e4, 1e4, width=32), min_size=2, max_size=12),
     radius=st.floats(1e-6, 3.0),
@@ -111,7 +112,9 @@ def test_the_gradient_is_the_worst_weights():
 def test_the_solver_is_feasible_and_tight_for_any_losses(losses, radius, gap):
     x = gap * torch.tensor(losses, dtype=F64)
     q = kl_dro_weights(x, radius=radius)
-    saturated = radius >= math.log(len(x) / int((x == x.max()).sum()))
+    # Losses apart by less than this share of their range are equal to the solver, whose temperature has an end.
+    tied = x.max() - x <= 1e-22 * (x.max() - x.min())
+    saturated = radius >= math.log(len(x) / int(tied.sum()))
     assert divergence(q) <= radius + 1e-8 or saturated
     assert saturated or divergence(q) == pytest.approx(radius, rel=1e-5, abs=1e-9)
     assert (q >= 0).all()
