@@ -31,7 +31,7 @@ docs: $(VENV)/dev  ## Build the site into site.
 	$(BIN)/mkdocs build --strict
 
 evidence: $(VENV)/base  ## Run every study anew and write the evidence that ships.
-	for study in $$($(BIN)/minimand list --built --names); do \
+	for study in $$($(BIN)/minimand list --studied --names); do \
 	  $(BIN)/minimand reproduce $$study --evidence src/minimand/evidence || exit 1; done
 
 # The tests of the HTML report drive a browser: Debian's Chromium where we may install it, else Playwright's own.

@@ -10,6 +10,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
+from minimand.catalogue import methods
 from minimand.cli import app
 
 runner = CliRunner()
@@ -200,3 +201,16 @@ def test_ctrl_c_keeps_what_is_done(data, tmp_path):
     assert "stopped" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "minimand-report").exists()
+
+
+def test_the_studied_methods_are_those_that_can_be_reproduced():
+    shown = runner.invoke(app, ["list", "--studied", "--names"]).stdout.split()
+    assert shown == [method.name for method in methods() if method.studied]
+    assert set(shown) < {method.name for method in methods()}
+    without = next(method for method in methods() if not method.studied)
+    refused = runner.invoke(app, ["reproduce", without.name])
+    assert refused.exit_code == 2
+    assert "minimand list --studied" in refused.output
+    nobody = runner.invoke(app, ["list", "--studied", "--room", without.room])
+    alone = not any(method.studied for method in methods() if method.room == without.room)
+    assert ("is studied yet" in nobody.output) == alone

@@ -44,6 +44,11 @@ class Method:
         """Whether the method has parts."""
         return bool(self.parts)
 
+    @property
+    def studied(self) -> bool:
+        """Whether the method has a study, which ``minimand reproduce`` runs."""
+        return pathlib.Path(__file__).with_name("studies").joinpath(f"{self.module}.py").is_file()
+
     def part_paths(self) -> tuple[str, ...]:
         """Return where each part is imported from; a part of another room is written ``room.Name``."""
         return tuple(f"minimand.{part if '.' in part else f'{self.room}.{part}'}" for part in self.parts)

@@ -63,12 +63,19 @@ def list_methods(
     as_json: Json = False,
     room: Annotated[str | None, typer.Option("--room", help="Only this room.")] = None,
     built: Annotated[bool, typer.Option("--built", help="Only methods that have parts.")] = False,
+    studied: Annotated[bool, typer.Option("--studied", help="Only methods that have a study.")] = False,
     names: Annotated[bool, typer.Option("--names", help="Print names only.")] = False,
 ) -> None:
     """Show the methods, which of their five proofs stand, and the verdict on each claim."""
-    chosen = [method for method in methods() if (room in (None, method.room)) and (method.built or not built)]
+    chosen = [
+        method
+        for method in methods()
+        if room in (None, method.room) and (method.built or not built) and (method.studied or not studied)
+    ]
     if not chosen:
         rooms = ", ".join(sorted({method.room for method in methods()}))
+        if any(method.room == room for method in methods()):
+            _refuse(f"no method in {room!r} is {'studied' if studied else 'built'} yet")
         _refuse(f"--room: there is no method in {room!r}; rooms are {rooms}")
     if as_json:
         print(json.dumps([_listed(method) for method in chosen], indent=1))
@@ -144,9 +151,8 @@ def reproduce(
 ) -> None:
     """Does the paper's claim hold? Run a method's study and judge it."""
     method = _find(name)
-    study_file = pathlib.Path(__file__).with_name("studies") / f"{method.module}.py"
-    if not study_file.exists():
-        _refuse(f"{method.name} has no study yet; `minimand list --built` shows the methods that have one")
+    if not method.studied:
+        _refuse(f"{method.name} has no study yet; `minimand list --studied` shows the methods that have one")
     import importlib
 
     study: Study = importlib.import_module(f"minimand.studies.{method.module}").study
