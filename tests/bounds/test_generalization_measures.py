@@ -281,6 +281,7 @@ def test_a_measure_without_noise_is_differentiable(name):
 
 
 def test_a_penalty_on_the_spectral_product_trains_it_down():
+    torch.manual_seed(0)  # a start whose product is low already has little to lose
     model = mlp(3, 8, 3)
     inputs, target = separated(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
