@@ -1,5 +1,6 @@
 """Deciding as data arrive: bandits, adversaries, and questions worth asking."""
 
+from .active_learner import ActiveLearner
 from .adversarial_linear_mdps import (
     AdversarialMDPLearner,
     BarrierStep,
@@ -11,19 +12,7 @@ from .adversarial_linear_mdps import (
     matrix_geometric_resampling,
 )
 from .classification_bandit import BanditAgent, BanditRun, ClassificationBandit, play_bandit
-from .learning_to_actively_learn import (
-    ActiveLearner,
-    GameSolution,
-    Instances,
-    QueryGame,
-    QueryNetwork,
-    RobustTraining,
-    TabularPolicy,
-    generalized_binary_search,
-    thresholds,
-    train_robust_policy,
-    uniform_allocation,
-)
+from .learning_to_actively_learn import RobustTraining, train_robust_policy
 from .linear_mdp import LinearMDP
 from .neural_contextual_bandits import (
     Decision,
@@ -33,6 +22,8 @@ from .neural_contextual_bandits import (
     online_regression_loss,
 )
 from .problem_complexity import ComplexitySolution, complexity
+from .query_game import GameSolution, Instances, QueryGame
+from .query_policies import QueryNetwork, TabularPolicy, generalized_binary_search, thresholds, uniform_allocation
 
 __all__ = [
     "ActiveLearner",

@@ -1,7 +1,9 @@
 """Learning to act: from logged decisions, under constraints, for several objectives at once."""
 
+from .expected_utility import ExpectedUtility
 from .portfolio import PortfolioPolicy, PortfolioTraining, train_portfolio
 from .price_history import PriceHistory, read_prices
+from .return_law import ReturnLaw
 from .sharpe import (
     AverageSharpeReward,
     SharpeLoss,
@@ -14,9 +16,7 @@ from .sharpe import (
 )
 from .static_portfolios import RiskParity, maximum_sharpe, minimum_variance, risk_parity, shrunk_moments
 from .stock_augmented_distributional_dp import (
-    ExpectedUtility,
     FirstStock,
-    ReturnLaw,
     StockLayer,
     StockMDP,
     StockSolution,
