@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "preferences"))
@@ -148,6 +149,21 @@ def test_entangled_pairs_are_those_whose_chosen_answer_a_small_step_lowers(home)
                 weight.sub_(1e-3 * gradient)
         fell += bool(drift(data, stepped, [place]).chosen < 0)
     assert share == pytest.approx(fell / len(places))
+
+
+def test_a_model_that_cannot_be_cut_is_trained_whole_and_diagnosed_all_the_same(home):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config)
+    with torch.no_grad():
+        model.transformer.wpe.weight.mul_(20)  # positions that a second embedding would add again
+    model.save_pretrained(home / "gpt2")
+    tiny_llama.tokenizer().save_pretrained(home / "gpt2")
+    data = PreparedPairs(PairSource(str(home / "pairs.jsonl"), str(home / "gpt2"), "last:1"))
+    assert data.states is None
+    trained = train(data, range(40), DPOLoss(), PairRecipe(steps=6), lr=1e-2, rounds=1, seed=0)
+    assert drift(data, trained.policy, range(40)).accuracy() > 0.7
+    assert 0 <= entangled(data, trained.policy, DPOLoss(), list(range(8))) <= 1
 
 
 def test_no_prompt_is_both_seen_and_measured_and_wrong_labels_only_teach(home):

@@ -237,6 +237,13 @@ def test_what_would_be_without_effect_is_refused(folder, settings):
         ours(folder, settings(), DPOLoss(reduction="none")).train()
 
 
+def test_a_reference_of_another_vocabulary_is_refused(folder, settings):
+    other = tiny_llama.load(folder)
+    other.resize_token_embeddings(48)
+    with pytest.raises(ValueError, match="ref_model has a vocabulary of 48 tokens, the policy one of 40"):
+        ours(folder, settings(), DPOLoss(), ref_model=other)
+
+
 def test_the_room_needs_no_trl_and_says_what_to_install_where_it_does():
     script = (
         "import sys; sys.modules.update(trl=None, peft=None, datasets=None, transformers=None, accelerate=None)\n"

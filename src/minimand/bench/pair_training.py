@@ -38,7 +38,7 @@ from ..preferences import (
     train_only,
     with_reference,
 )
-from ..preferences.language_models import context_length
+from ..preferences.language_models import blocks, context_length
 from .facts import fact_pairs
 from .memory import forget_peak, peak_megabytes
 from .readers import DataError
@@ -375,18 +375,9 @@ def entangled(data: PreparedPairs, policy: nn.Module, objective: Any, places: Se
     if not isinstance(objective, PairLoss):
         return None
     policy.requires_grad_(False)
-    # Gradients of the last block only: cheap, and the layers in which all policies here can learn.
-    for layer in last_linear_layers_of(policy):
-        layer.requires_grad_(True)
+    blocks(policy)[-1].requires_grad_(True)  # cheap, and there all policies here can learn
     with LayerGradients(last_linear_layers(policy)) as record:
         sums = data.tokens(policy, places).sums()
     found = record.pair_gradients(sums.chosen, sums.rejected).entanglement(margin_coefficients(objective, sums))
     policy.requires_grad_(False)
     return found.share(Regime.BOTH_DOWN) + found.share(Regime.REVERSED)
-
-
-def last_linear_layers_of(policy: nn.Module) -> list[nn.Module]:
-    """Return the linear layers of the last block, whether they train or not."""
-    from ..preferences.language_models import blocks
-
-    return [layer for layer in blocks(policy)[-1].modules() if isinstance(layer, nn.Linear)]

@@ -34,6 +34,7 @@ from ..preferences.language_models import SMOLLM2
 from .pair_training import PairRecipe, PairSource, PreparedPairs, drift, entangled, prepared, train
 from .readers import DataError, content_hash, require_content
 from .study import Metric, Outcome, Presentation, Run, Study
+from .svg import words
 
 ACCURACY = Metric("preference accuracy", "higher is better", "%")
 RANKING = Metric("ranking accuracy", "higher is better", "%")
@@ -434,9 +435,9 @@ def _scatter(points: Sequence[tuple[str, float, float]]) -> str:
         )
     across_ticks = [value for value in MaxNLocator(6).tick_values(low_x, high_x) if low_x <= value <= high_x]
     down_ticks = [value for value in MaxNLocator(6).tick_values(low_y, high_y) if low_y <= value <= high_y]
-    parts += [_words(x(value), top + height + 18, f"{value:g}") for value in across_ticks]
-    parts += [_words(left - 10, y(value) + 4, f"{value:g}", anchor="end") for value in down_ticks]
-    parts.append(_words(left + width / 2, top + height + 38, "chosen answers, nats"))
+    parts += [words(x(value), top + height + 18, f"{value:g}") for value in across_ticks]
+    parts += [words(left - 10, y(value) + 4, f"{value:g}", anchor="end") for value in down_ticks]
+    parts.append(words(left + width / 2, top + height + 38, "chosen answers, nats"))
     parts.append(
         f'<text transform="translate(14 {top + height / 2}) rotate(-90)" '
         'style="text-anchor:middle;fill:var(--muted)">rejected answers, nats</text>'
@@ -452,13 +453,9 @@ def _scatter(points: Sequence[tuple[str, float, float]]) -> str:
             line += 6
         taken.append((at[0], line))
         shift, anchor = (9, "start") if right else (-9, "end")
-        parts.append(_words(at[0] + shift, line, html.escape(name), anchor=anchor, colour="--text, currentColor"))
+        parts.append(words(at[0] + shift, line, html.escape(name), anchor=anchor, colour="--text, currentColor"))
     label = "Each objective's mean change of chosen and rejected log-probabilities"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 16} {top + height + 50}" role="img" '
         f'aria-label="{label}" font-family="inherit" font-size="12" fill="currentColor">{"".join(parts)}</svg>'
     )
-
-
-def _words(across: float, down: float, what: str, *, anchor: str = "middle", colour: str = "--muted") -> str:
-    return f'<text x="{across}" y="{down}" style="text-anchor:{anchor};fill:var({colour})">{what}</text>'

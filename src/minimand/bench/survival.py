@@ -23,6 +23,7 @@ from ..transport import AttentionPool, InstancePool, MassRamp, MeanPool, OTPool,
 from .readers import DataError
 from .slides import Cohort, folder_hash, read_slides
 from .study import Metric, Outcome, Presentation, Run, Study
+from .svg import words
 
 C_INDEX = Metric("C-index", "higher is better")
 LOG_RANK = Metric("log-rank p", "lower is better")
@@ -537,12 +538,9 @@ def _curves(time: Tensor, event: Tensor, high: Tensor) -> str:
     def y(value: float) -> float:
         return round(top + height * (1 - value), 1)
 
-    # Styles, not attributes: what the report's own style sheet says of paths and words would come before those.
+    # Styles, not attributes: what the report's own style sheet says of paths would come before those.
     def path(line: str, style: str) -> str:
         return f'<path d="{line}" style="{style}"/>'
-
-    def words(across: float, down: float, what: str, *, anchor: str = "middle", colour: str = "--muted") -> str:
-        return f'<text x="{across}" y="{down}" style="text-anchor:{anchor};fill:var({colour})">{what}</text>'
 
     parts = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):

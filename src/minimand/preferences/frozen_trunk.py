@@ -106,6 +106,7 @@ class FrozenTrunk:
         whole = pair_log_probabilities(self.model, collate_pairs([pair], share_prompt=False))
         try:
             cut = log_probabilities_from_states(self.top(), [pair], self.states([pair]))
+        # A model that cannot be cut fails in ways of its own: it takes no embeddings, or its settings count blocks.
         except (ValueError, RuntimeError, TypeError, KeyError, IndexError, NotImplementedError):
             return False
         apart = max((whole.chosen - cut.chosen).abs().max(), (whole.rejected - cut.rejected).abs().max())

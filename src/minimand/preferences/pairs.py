@@ -457,6 +457,7 @@ def _answers(
         mask = torch.where(mask < 0, torch.finfo(parameter.dtype).min, 0.0).to(parameter.dtype)
     read: dict[str, Any] = {"inputs_embeds": inputs_embeds}
     if inputs_embeds is None:
+        _check_vocabulary(model, batch.input_ids)
         read = {"input_ids": batch.input_ids}
     if hidden:
         read["output_hidden_states"] = True
@@ -465,6 +466,15 @@ def _answers(
     output = model(attention_mask=mask, position_ids=batch.position_ids, use_cache=False, **read)
     states = batch.split(output.hidden_states[-1][:, -batch.keep :]) if hidden else (None, None)
     return batch.split(output.logits[:, -batch.keep :]), states
+
+
+def _check_vocabulary(model: Any, input_ids: Tensor) -> None:
+    if hasattr(model, "get_input_embeddings"):
+        rows = model.get_input_embeddings().weight.shape[0]
+        checks.require(
+            input_ids < rows,
+            lambda: f"tokens up to {int(input_ids.max())} came to a model that reads {rows}: they do not match",
+        )
 
 
 def _keeps(model: Any) -> bool:
@@ -499,6 +509,7 @@ def shares_prompt(model: nn.Module, pair: TokenPair, *, tolerance: float = 1e-3)
     padded = pair_log_probabilities(model, collate_pairs([pair], share_prompt=False))
     try:
         shared = pair_log_probabilities(model, collate_pairs([pair], share_prompt=True))
+    # Attention that knows no mask of this shape fails in ways of its own; what else is wrong, the padded pass said.
     except (ValueError, RuntimeError, TypeError, NotImplementedError):
         return False
     apart = max(

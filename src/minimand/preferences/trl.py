@@ -104,7 +104,8 @@ class PairLossTrainer(DPOTrainer):
 
     Raises:
         TypeError: If ``objective`` has no ``from_tokens``, or is a class.
-        ValueError: If ``args`` sets a loss, or asks for what the objective cannot be given.
+        ValueError: If ``args`` sets a loss, or asks for what the objective cannot be given; or if the reference has
+            another vocabulary than the policy.
 
     Example:
         >>> from minimand.preferences import SimPOLoss
@@ -151,6 +152,7 @@ class PairLossTrainer(DPOTrainer):
         self.args.precompute_ref_log_probs = self.precompute_ref_logps = precompute
         if not self.needs_reference:
             self.ref_model = None
+        _check_vocabularies(self.model, self.ref_model)
         self._name = type(objective).__name__
         self.objective = objective.to(self.accelerator.device)
         self.add_callback(_ClearGradients(self.objective))
@@ -367,6 +369,13 @@ def _check_settings(args: Any, objective: nn.Module, needs_reference: bool) -> N
             f"args.precompute_ref_log_probs keeps sums over tokens, but {name} looks at single tokens: switch it off, "
             "and the reference is computed with each batch"
         )
+
+
+def _check_vocabularies(policy: Any, reference: Any) -> None:
+    """Raise unless policy and reference give log-probabilities of the same tokens, as far as their settings say."""
+    sizes = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (policy, reference)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(f"ref_model has a vocabulary of {sizes[1]} tokens, the policy one of {sizes[0]}")
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
