@@ -17,11 +17,23 @@ import tiny_llama
 from minimand.bench import Run
 from minimand.bench.facts import fact_pairs, facts
 from minimand.bench.memory import forget_peak, peak_megabytes
-from minimand.bench.pair_training import Drift, PairRecipe, PairSource, PreparedPairs, drift, entangled, prepared, train
+from minimand.bench.pair_training import (
+    Drift,
+    PairRecipe,
+    PairSource,
+    PreparedPairs,
+    _mixed,
+    drift,
+    entangled,
+    prepared,
+    train,
+)
 from minimand.bench.preferences import (
     ENSEMBLE,
     UNTRAINED,
+    PairSplit,
     PairSplits,
+    TrainRewardHeads,
     drift_figure,
     preferences_study,
     prepare,
@@ -29,7 +41,7 @@ from minimand.bench.preferences import (
 )
 from minimand.bench.readers import DataError
 from minimand.cli import app
-from minimand.preferences import DPOLoss, INPOLoss, IPOLoss, train_only
+from minimand.preferences import DPOLoss, INPOLoss, IPOLoss, inpo_loss, train_only
 
 ROWS = [dict(row) for row in tiny_llama.pairs(60)]
 
@@ -133,6 +145,37 @@ def test_one_round_of_inpo_is_ipo_and_a_second_is_not(home):
     two = losses(INPOLoss(eta=0.1), 2)
     assert two[:3] == pytest.approx(losses(INPOLoss(eta=0.1), 1)[:3], rel=1e-5)
     assert two[3:] != pytest.approx(losses(INPOLoss(eta=0.1), 1)[3:], rel=1e-3)
+
+
+def test_a_later_round_is_inpos_loss_with_the_policy_it_began_with(home):
+    data = PreparedPairs(source(home))
+    policy, previous = data.policy(), data.policy()
+    with torch.no_grad():
+        for model, scale in ((policy, 0.02), (previous, 0.05)):
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight.add_(scale)
+    tokens, before = data.tokens(policy, range(6)), data.tokens(previous, range(6))
+    mixed = _mixed(tokens, before, INPOLoss(eta=0.1)).sums()
+    sums, earlier = tokens.sums(), before.sums()
+    fixed = {"prev_logp_chosen": earlier.chosen.detach(), "prev_logp_rejected": earlier.rejected.detach()}
+    wanted = inpo_loss(sums.chosen, sums.rejected, *sums.references(), eta=0.1, **fixed).mean()
+    mixed = mixed._replace(ref_chosen=mixed.ref_chosen.detach(), ref_rejected=mixed.ref_rejected.detach())
+    assert torch.allclose(INPOLoss(eta=0.1).of(mixed), wanted, rtol=1e-4)
+    assert not torch.allclose(INPOLoss(eta=0.1).of(sums), wanted, rtol=1e-2)
+
+
+def test_reward_heads_tell_the_better_answer_of_pairs_they_have_not_seen():
+    class Features:
+        """Answers whose first feature is what is preferred."""
+
+        def features(self, places):
+            noise = torch.randn(2, 200, 4, generator=torch.Generator().manual_seed(0))
+            noise[0, :, 0] += 2
+            return noise[0, places], noise[1, places]
+
+    split = PairSplit(Features(), list(range(120)), [], list(range(120, 200)))
+    assert TrainRewardHeads()(split, Run(0)).metrics["preference accuracy"] > 0.8
 
 
 def test_entangled_pairs_are_those_whose_chosen_answer_a_small_step_lowers(home):

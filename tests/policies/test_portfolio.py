@@ -84,3 +84,41 @@ def test_bad_input_is_refused_by_name():
         train_portfolio(policy, market(), patience=0)
     with pytest.raises(ValueError, match="reward must return shape"):
         train_portfolio(policy, market(), horizon=8, reward=lambda returns: returns.sum(1))
+
+
+def test_the_loss_is_the_clipped_surrogate_plus_the_critics_squared_error():
+    torch.manual_seed(0)
+    policy = PortfolioPolicy(2, window=4, width=4, hidden=16).double()
+    generator = torch.Generator().manual_seed(1)
+    rows = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in (
+            ("image", (6, *policy.shape)),
+            ("progress", (6, 3)),
+            ("action", (6, 3)),
+            ("logp", (6,)),
+            ("values", (6,)),
+            ("advantages", (6,)),
+            ("targets", (6,)),
+        )
+    }
+    mean, value = policy(rows["image"], rows["progress"])
+    density = torch.distributions.Normal(mean, policy.log_deviation.exp()).log_prob(rows["action"]).sum(-1)
+    ratio = (density - rows["logp"]).exp()
+    advantages = (rows["advantages"] - rows["advantages"].mean()) / rows["advantages"].std(correction=0)
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+    wanted = -surrogate + 0.5 * (value - rows["targets"]).square().mean()
+    assert torch.allclose(portfolio._loss(policy, rows, 0.2, 0.5), wanted, atol=1e-6)
+
+
+def test_the_network_reads_how_far_prices_are_from_todays():
+    policy = PortfolioPolicy(2, window=4, width=4, hidden=16)
+    heard = []
+    policy.features[0].register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+    image = torch.ones(1, *policy.shape)
+    image[:, :, 1:, 0] = 1.01
+    image[:, :, 0] = 0.5
+    policy.act(image)
+    assert torch.equal(heard[0][:, :, 0], image[:, :, 0])
+    assert torch.allclose(heard[0][:, :, 1:, 0], torch.tensor(0.01 * portfolio.PRICE_SCALE), rtol=1e-4)
+    assert not heard[0][:, :, 1:, 1].any()

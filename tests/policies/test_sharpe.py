@@ -151,3 +151,18 @@ def test_bad_input_is_refused_by_name():
         stream.step(torch.zeros(3))
     with pytest.raises(ValueError, match="horizon of 1 steps"):
         stream.step(torch.zeros(2))
+
+
+def test_descending_the_loss_raises_the_sharpe_ratio():
+    weights = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    moves = 0.01 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moves[:, 0] += 0.005
+    before = sharpe_ratio(moves @ weights.detach().softmax(-1))
+    assert torch.equal(SharpeLoss()((moves @ weights.softmax(-1))[None]), -before)
+    optimizer = torch.optim.SGD([weights], lr=1.0)
+    for _ in range(20):
+        optimizer.zero_grad()
+        SharpeLoss()((moves @ weights.softmax(-1))[None]).backward()
+        optimizer.step()
+    assert sharpe_ratio(moves @ weights.detach().softmax(-1)) > before + 0.1
+    assert weights.argmax() == 0
