@@ -167,11 +167,11 @@ def test_a_later_round_is_inpos_loss_with_the_policy_it_began_with(home):
 
 def test_reward_heads_tell_the_better_answer_of_pairs_they_have_not_seen():
     class Features:
-        """Answers whose first feature is what is preferred."""
+        """Answers of which a few features, out of many, are what is preferred."""
 
         def features(self, places):
-            noise = torch.randn(2, 200, 4, generator=torch.Generator().manual_seed(0))
-            noise[0, :, 0] += 2
+            noise = torch.randn(2, 200, 256, generator=torch.Generator().manual_seed(0))
+            noise[0, :, :16] += 1
             return noise[0, places], noise[1, places]
 
     split = PairSplit(Features(), list(range(120)), [], list(range(120, 200)))

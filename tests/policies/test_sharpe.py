@@ -157,7 +157,7 @@ def test_descending_the_loss_raises_the_sharpe_ratio():
     weights = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     moves = 0.01 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     moves[:, 0] += 0.005
-    before = sharpe_ratio(moves @ weights.detach().softmax(-1))
+    before = sharpe_ratio(moves @ weights.detach().softmax(-1), epsilon=SharpeLoss().epsilon)
     assert torch.equal(SharpeLoss()((moves @ weights.softmax(-1))[None]), -before)
     optimizer = torch.optim.SGD([weights], lr=1.0)
     for _ in range(20):
