@@ -28,6 +28,7 @@ class ActiveLearner:
 
     Example:
         >>> import functools
+        >>> from minimand.online import generalized_binary_search, thresholds
         >>> labels = thresholds(3)
         >>> search = functools.partial(generalized_binary_search, hypotheses=labels)
         >>> learner = ActiveLearner(labels, policy=search, budget=9, generator=torch.Generator().manual_seed(0))

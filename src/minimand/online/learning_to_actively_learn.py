@@ -97,6 +97,7 @@ def train_robust_policy(
         FloatingPointError: If the loss ceases to be finite.
 
     Example:
+        >>> from minimand.online import QueryNetwork, thresholds
         >>> game = QueryGame(thresholds(2), budget=3)
         >>> policy = QueryNetwork(2, budget=3, hidden=(16,))
         >>> generator = torch.Generator().manual_seed(0)

@@ -85,6 +85,7 @@ class QueryGame:
         ValueError: If a hypothesis comes twice, a column has more than two values, or there are too many states.
 
     Example:
+        >>> from minimand.online import thresholds
         >>> game = QueryGame(thresholds(2), budget=3)  # where do labels turn: before, between or behind two points?
         >>> instances = game.draw_instances(10, radius=5.0, generator=torch.Generator().manual_seed(0))
         >>> solution = game.solve(instances.theta)

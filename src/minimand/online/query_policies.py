@@ -27,6 +27,7 @@ class TabularPolicy:
         ValueError: If a row is no distribution.
 
     Example:
+        >>> from minimand.online import QueryGame
         >>> game = QueryGame(thresholds(2), budget=3)
         >>> policy = TabularPolicy(game.table(uniform_allocation))
         >>> policy(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]]))  # the first point was asked about
