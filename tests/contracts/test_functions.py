@@ -350,7 +350,15 @@ def exported():
 
 
 # These read files, tokens and models, no numbers that could be NaN.
-READERS = {"collate_pairs", "load_language_model", "read_pairs", "read_prices", "tokenize_pairs", "train_only"}
+READERS = {
+    "collate_pairs",
+    "load_language_model",
+    "read_pairs",
+    "read_prices",
+    "read_transitions",
+    "tokenize_pairs",
+    "train_only",
+}
 
 
 def test_every_function_has_a_row():

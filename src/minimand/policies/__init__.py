@@ -33,6 +33,7 @@ from .trading import (
     walk_forward,
     wealth_after_trade,
 )
+from .transitions import Transitions, read_transitions
 
 __all__ = [
     "AverageSharpeReward",
@@ -51,6 +52,7 @@ __all__ = [
     "StockMDP",
     "StockSolution",
     "TradingEnvironment",
+    "Transitions",
     "average_sharpe_rewards",
     "differential_sharpe_rewards",
     "drawdowns",
@@ -61,6 +63,7 @@ __all__ = [
     "prefix_sharpe_ratios",
     "price_image",
     "read_prices",
+    "read_transitions",
     "risk_parity",
     "sharpe_ratio",
     "shrunk_moments",
