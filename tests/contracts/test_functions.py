@@ -121,6 +121,7 @@ FUNCTIONS = {
     "walk_forward": lambda x: policies.walk_forward(
         lambda past, held: EVEN[:2] * 2 + x, policies.PriceHistory((ROWS + 2).view(4, 2)), start=0
     ),
+    "edit_stock": lambda x: policies.edit_stock(vector(x), torch.arange(4), vector(0.0), discount=0.9),
     "stock_update": lambda x: policies.stock_update(vector(x), vector(0.0), discount=0.9),
     "wealth_after_trade": lambda x: policies.wealth_after_trade(EVEN, EVEN.flip(0) + x),
     "exploration_bonus": lambda x: online.exploration_bonus(

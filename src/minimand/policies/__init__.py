@@ -15,12 +15,12 @@ from .sharpe import (
     sortino_ratio,
 )
 from .static_portfolios import RiskParity, maximum_sharpe, minimum_variance, risk_parity, shrunk_moments
+from .stock import edit_stock, stock_update
 from .stock_augmented_distributional_dp import (
     FirstStock,
     StockLayer,
     StockMDP,
     StockSolution,
-    stock_update,
 )
 from .trading import (
     Backtest,
@@ -57,6 +57,7 @@ __all__ = [
     "differential_sharpe_rewards",
     "drawdowns",
     "drift",
+    "edit_stock",
     "maximum_sharpe",
     "minimum_variance",
     "portfolio_log_returns",

@@ -114,7 +114,7 @@ class ExpectedUtility:
             centred, spread = values - values.mean(), float(values.max() - values.min())
             slope = float((centred @ (scaled - scaled.mean())) / (centred @ centred)) if spread else 1.0
             misfit = (scaled - scaled.mean() - slope * centred).abs()
-            if slope <= 0 or float(misfit.max()) > 1e-9 * max(spread, float(scaled.max() - scaled.min())):
+            if slope <= 0 or float(misfit.max()) > 1e-12 * max(spread, float(scaled.max() - scaled.min())):
                 where = points[int(misfit.argmax())].tolist()
                 return (
                     f"{self.name} is not indifferent to the discount: f({discount} x) is no increasing affine function "

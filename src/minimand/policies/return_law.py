@@ -22,6 +22,9 @@ class ReturnLaw:
         atoms: The returns, ``(atoms,)``, or ``(atoms, rewards)`` where rewards are vectors.
         weights: Their probabilities, ``(atoms,)``.
 
+    Raises:
+        ValueError: If shapes do not fit, an atom is not finite, or the weights are no probabilities.
+
     Example:
         >>> law = ReturnLaw(torch.tensor([0.0, 1.0, 4.0]), torch.tensor([0.25, 0.25, 0.5]))
         >>> law.mean(), law.cvar(0.5), law.quantile(0.25)
@@ -33,6 +36,21 @@ class ReturnLaw:
 
     atoms: Tensor
     weights: Tensor
+
+    def __post_init__(self) -> None:
+        for value, name in ((self.atoms, "atoms"), (self.weights, "weights")):
+            checks.floating(value, name)
+            checks.not_empty(value, name)
+            checks.finite(value, name)
+        if self.atoms.dim() not in (1, 2) or self.weights.shape != self.atoms.shape[:1]:
+            raise ValueError(
+                "atoms must have shape (atoms,) or (atoms, rewards) and weights (atoms,), "
+                f"got {tuple(self.atoms.shape)} and {tuple(self.weights.shape)}"
+            )
+        checks.require(
+            (self.weights >= 0).all() & ((self.weights.sum() - 1).abs() <= rounding_slack(self.weights)),
+            lambda: f"weights must hold probabilities that add up to 1, got a sum of {float(self.weights.sum())}",
+        )
 
     def mean(self) -> Float[Tensor, "*rewards"]:
         """Return the mean."""

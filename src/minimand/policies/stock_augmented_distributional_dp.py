@@ -43,36 +43,7 @@ from .. import checks
 from ..stopping import Budget, Stop
 from .expected_utility import ExpectedUtility, check_discount
 from .return_law import ReturnLaw, rounding_slack
-
-
-def stock_update(
-    stock: Float[Tensor, "*stock"], reward: Float[Tensor, "*stock"], *, discount: float
-) -> Float[Tensor, "*stock"]:
-    r"""Compute the next stock :math:`(c + r) / \gamma`.
-
-    Args:
-        stock: What the discounted rewards so far and the first stock add up to, in units of the present step.
-        reward: Of this step.
-        discount: :math:`\gamma`, in (0, 1].
-
-    Returns:
-        The stock at the next step.
-
-    Raises:
-        ValueError: If the stock or reward is not finite, or the discount lies outside (0, 1].
-
-    Example:
-        >>> stock_update(torch.tensor([1.0]), torch.tensor([2.0]), discount=0.5)
-        tensor([6.])
-
-    Source:
-        Ávila Pires et al. 2025, arXiv 2501.13028, section 3.
-    """
-    check_discount(discount)
-    for value, name in ((stock, "stock"), (reward, "reward")):
-        checks.floating(value, name)
-        checks.finite(value, name)
-    return (stock + reward) / discount
+from .stock_tree import Edges, NodeLaws, StockTree, greedy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,17 +200,18 @@ class StockMDP:
             lambda: "transition must hold probabilities that add up to 1 over the next states",
         )
         self.transition = transition.detach()
+        self.reward = reward.detach().to(transition)
         self.discount = float(discount)
         self.max_nodes = int(max_nodes)
         self.num_rewards = reward.shape[3] if reward.dim() == 4 else None
-        self._reward = reward.detach().to(transition).reshape(*transition.shape, -1)
+        entries = self.reward.reshape(*transition.shape, -1)
         states = torch.arange(len(transition), device=transition.device)
         possible = transition > 0
-        unpaid = ~(possible[..., None] & (self._reward != 0)).flatten(1).any(1)
+        unpaid = ~(possible[..., None] & (entries != 0)).flatten(1).any(1)
         stays = (transition[states, :, states] > 0).all(1) & (possible.sum(-1) == 1).all(1)
         self.ends = stays & unpaid
-        sizes = torch.linalg.vector_norm(self._reward, dim=-1)
-        self._largest = float(sizes.masked_fill(~possible, 0).max())
+        self._edges = Edges.of(self.transition, entries)
+        self._largest = float(torch.linalg.vector_norm(self._edges.reward, dim=1).max())
 
     def value_iteration(
         self,
@@ -274,21 +246,21 @@ class StockMDP:
             ValueError: If the objective is one that dynamic programming does not optimise here, with the reason.
         """
         budget = Budget(max_iter, max_seconds)
-        tree = self._unroll(utility, state, stock, horizon, tolerance)
-        steps, sweeps = len(tree.layers) - 1, 0
-        laws = [_nothing(layer) for layer in tree.layers]
+        tree, tail = self._unroll(utility, state, stock, horizon, tolerance)
+        sweeps = 0
+        laws = [NodeLaws.nothing(layer) for layer in tree.layers]
         actions = [torch.zeros_like(layer.state) for layer in tree.layers]
         status = None
-        while sweeps < steps and (status := budget.spent(sweeps)) is None:
+        while sweeps < tree.steps and (status := budget.spent(sweeps)) is None:
             # Upwards in place: each law is made of one of the sweep before. The last layers are final already.
-            for step in range(steps - sweeps):
-                outlook = self._outlook(tree, step, laws[step + 1], utility)
-                actions[step] = _greedy(outlook.quality)
-                laws[step] = self._follow(tree, step, outlook, actions[step])
+            for step in range(tree.steps - sweeps):
+                outlook = tree.outlook(step, laws[step + 1], utility)
+                actions[step] = greedy(outlook.quality)
+                laws[step] = tree.follow(step, outlook, actions[step])
             sweeps += 1
-        missing = sum(self.discount**step for step in range(sweeps, steps)) * self._largest
-        bound = tree.tail + (utility.lipschitz * missing if missing else 0.0)
-        return self._solution(tree, utility, laws, actions, bound, sweeps, status or Stop.CONVERGED)
+        missing = sum(self.discount**step for step in range(sweeps, tree.steps)) * self._largest
+        bound = tail + (utility.lipschitz * missing if missing else 0.0)
+        return _solution(tree, utility, laws, actions, bound, sweeps, status or Stop.CONVERGED)
 
     def policy_iteration(
         self,
@@ -323,20 +295,20 @@ class StockMDP:
             ValueError: If the objective is one that dynamic programming does not optimise here, with the reason.
         """
         budget = Budget(max_iter, max_seconds)
-        tree = self._unroll(utility, state, stock, horizon, tolerance)
+        tree, tail = self._unroll(utility, state, stock, horizon, tolerance)
         actions = [torch.zeros_like(layer.state) for layer in tree.layers]
         improvements = 0
         while (status := budget.spent(improvements)) is None:
-            laws, better = self._evaluate(tree, utility, actions)
+            laws, better = _evaluate(tree, utility, actions)
             if all(torch.equal(old, new) for old, new in zip(actions, better, strict=True)):
                 status = Stop.CONVERGED
                 break
             actions = better
             improvements += 1
         if status is not Stop.CONVERGED:
-            laws, _ = self._evaluate(tree, utility, actions)
-        bound = tree.tail if status is Stop.CONVERGED else math.inf
-        return self._solution(tree, utility, laws, actions, bound, improvements, status)
+            laws, _ = _evaluate(tree, utility, actions)
+        bound = tail if status is Stop.CONVERGED else math.inf
+        return _solution(tree, utility, laws, actions, bound, improvements, status)
 
     def best_cvar(
         self,
@@ -376,13 +348,16 @@ class StockMDP:
         budget = Budget(max_iter, max_seconds)
         utility, start = ExpectedUtility.lower_tail(), self._start(state)
         # Half of the tolerance is for what comes after the last step looked at, half for the search.
-        tree = self._unroll(utility, start, self._number(0.0)[None], horizon, tolerance * tau / 2)
-        levels = self._totals(tree)
+        tree, tail = self._unroll(utility, start, self._zero(), horizon, tolerance * tau / 2)
+        levels = tree.totals()
+        # Stocks shift the tree of one start and leave its size: so many can be solved for together.
+        together = max(self.max_nodes // tree.widest, 1)
 
         def heights(places: Tensor) -> Tensor:
-            chosen = levels[places]
-            solved = self._backward(utility, start.expand(len(places)), -chosen, len(tree.layers) - 1)
-            return chosen + solved.value / tau
+            solved = [
+                self._backward(utility, start, -levels[some], tree.steps).value for some in places.split(together)
+            ]
+            return levels[places] + torch.cat(solved) / tau
 
         left, right = torch.zeros(1, dtype=torch.long, device=levels.device), torch.tensor([len(levels) - 1]).to(start)
         low, high = heights(left), heights(right)
@@ -408,12 +383,12 @@ class StockMDP:
             left, right = torch.cat([left, middle]), torch.cat([middle, right])
             low, high = torch.cat([low, height]), torch.cat([height, high])
             evaluations, rounds = evaluations + len(middle), rounds + 1
-        solution = self._backward(utility, start, -levels[place][None], len(tree.layers) - 1, tail=tree.tail)
+        solution = self._backward(utility, start, -levels[place][None], tree.steps, tail=tail)
         return FirstStock(
             value=float(solution.laws[0].cvar(tau)),
             stock=-float(levels[place]),
             solution=solution,
-            gap=max(float(left_out - best), 0.0) + tree.tail / tau,
+            gap=max(float(left_out - best), 0.0) + tail / tau,
             iterations=rounds,
             evaluations=evaluations,
             status=status,
@@ -449,21 +424,21 @@ class StockMDP:
         checks.between(tau, "tau", 0, 1, high_open=True)
         budget = Budget(max_iter, max_seconds)
         utility, start = ExpectedUtility.at_least(), self._start(state)
-        tree = self._unroll(utility, start, self._number(0.0)[None], horizon, 0.0)
-        levels = self._totals(tree)
+        tree, _ = self._unroll(utility, start, self._zero(), horizon, 0.0)
+        levels = tree.totals()
         # Thresholds between two possible returns ask the same of them and leave room for rounding.
         thresholds = torch.cat([levels[:1] - 1, (levels[1:] + levels[:-1]) / 2])
         low, high, rounds = 0, len(levels), 0
         status = None
         while high - low > 1 and (status := budget.spent(rounds)) is None:
             middle = (low + high) // 2
-            reached = self._backward(utility, start, -thresholds[middle][None], len(tree.layers) - 1).value[0]
+            reached = self._backward(utility, start, -thresholds[middle][None], tree.steps).value[0]
             if reached >= 1 - tau - rounding_slack(reached):
                 low = middle
             else:
                 high = middle
             rounds += 1
-        solution = self._backward(utility, start, -thresholds[low][None], len(tree.layers) - 1)
+        solution = self._backward(utility, start, -thresholds[low][None], tree.steps)
         value = float(solution.laws[0].quantile(tau))
         return FirstStock(
             value=value,
@@ -480,12 +455,8 @@ class StockMDP:
             raise ValueError(f"tails are of returns that are numbers, got rewards of {self.num_rewards} entries")
         return torch.tensor([state], device=self.transition.device)
 
-    def _number(self, value: float) -> Tensor:
-        return self.transition.new_tensor(value)
-
-    def _shaped(self, totals: Tensor) -> Tensor:
-        """Return totals ``(count, entries)`` as users see them."""
-        return totals.squeeze(1) if self.num_rewards is None else totals
+    def _zero(self) -> Tensor:
+        return self.transition.new_zeros(1)
 
     def _steps_to_the_end(self, state: Tensor) -> int | None:
         """Return the most steps from these states to an end, or None if there are runs without end."""
@@ -501,8 +472,8 @@ class StockMDP:
 
     def _unroll(
         self, utility: ExpectedUtility, state: Tensor, stock: Tensor, horizon: int | None, tolerance: float
-    ) -> _Tree:
-        """Check starts and objective, then list the augmented states of every step."""
+    ) -> tuple[StockTree, float]:
+        """Check starts and objective, then list the augmented states of every step, and bound what comes after."""
         if not isinstance(utility, ExpectedUtility):
             raise TypeError(
                 "utility must be an ExpectedUtility: other objectives, such as a variance, a quantile or a tail mean "
@@ -538,7 +509,7 @@ class StockMDP:
         )
         if reason is not None:
             raise ValueError(f"utility cannot be optimised here: {reason}")
-        return self._list(state, stock, steps, tail, scale)
+        return self._grow(state, stock, steps, scale), tail
 
     def _steps(
         self, utility: ExpectedUtility, state: Tensor, horizon: int | None, tolerance: float
@@ -561,188 +532,65 @@ class StockMDP:
         steps = max(math.ceil(math.log(tolerance / rest) / math.log(self.discount)), 0) if rest else 0
         return steps, rest * self.discount**steps
 
-    def _list(self, state: Tensor, stock: Tensor, steps: int, tail: float, scale: float) -> _Tree:
-        resolution = 1024 * torch.finfo(stock.dtype).eps * (scale or 1.0)
-        starts, state, stock = _distinct(state, stock, resolution)
-        layers = []
-        for step in range(steps + 1):
-            if len(state) > self.max_nodes:
-                raise ValueError(
-                    f"max_nodes is {self.max_nodes}, but {len(state)} augmented states can be reached at step {step}: "
-                    "take a shorter horizon, fewer starts, or rewards rounded to a grid"
-                )
-            moving = ~self.ends[state] if step < steps else torch.zeros_like(state, dtype=torch.bool)
-            possible = (self.transition[state] > 0) & moving[:, None, None]
-            edge, action, following = possible.nonzero(as_tuple=True)
-            reward = self._reward[state[edge], action, following]
-            after = (stock[edge] + reward) / self.discount
-            successor, next_state, next_stock = _distinct(following, after, resolution / self.discount ** (step + 1))
-            layers.append(
-                _Layer(
-                    state=state,
-                    stock=stock,
-                    stopped=~moving,
-                    node=edge,
-                    action=action,
-                    successor=successor,
-                    probability=self.transition[state[edge], action, following],
-                    reward=reward,
-                )
-            )
-            state, stock = next_state, next_stock
-        return _Tree(tuple(layers), starts, tail, resolution)
-
-    def _totals(self, tree: _Tree) -> Tensor:
-        """Return the first stock plus the return at the ends of all runs, ascending."""
-        totals = torch.cat([self.discount**step * layer.stock[layer.stopped] for step, layer in enumerate(tree.layers)])
-        _, _, totals = _distinct(torch.zeros_like(totals[:, 0]).long(), totals, tree.resolution)
-        return totals.squeeze(1).sort().values
-
-    def _outlook(self, tree: _Tree, step: int, laws: _Laws, utility: ExpectedUtility) -> _Outlook:
-        """Compute the return of every action at one step, and what it is worth."""
-        layer = tree.layers[step]
-        edge, atom = laws.of(layer.successor)
-        returns = layer.reward[edge] + self.discount * laws.atoms[atom]
-        weights = layer.probability[edge] * laws.weights[atom]
-        worth = weights * utility(self._shaped(layer.stock[layer.node[edge]] + returns))
-        count = self.transition.shape[1]
-        place = layer.node[edge] * count + layer.action[edge]
-        quality = worth.new_zeros(len(layer.state) * count).index_add_(0, place, worth)
-        return _Outlook(quality.view(-1, count), edge, returns, weights)
-
-    def _follow(self, tree: _Tree, step: int, outlook: _Outlook, action: Tensor) -> _Laws:
-        """Compute the laws of the return under the chosen actions."""
-        layer = tree.layers[step]
-        node = layer.node[outlook.edge]
-        chosen = layer.action[outlook.edge] == action[node]
-        stopped = layer.stopped.nonzero().squeeze(1)
-        nodes = torch.cat([node[chosen], stopped])
-        returns = torch.cat([outlook.returns[chosen], outlook.returns.new_zeros(len(stopped), layer.stock.shape[1])])
-        weights = torch.cat([outlook.weights[chosen], outlook.weights.new_ones(len(stopped))])
-        inverse, node, atoms = _distinct(nodes, returns, tree.resolution / self.discount**step)
-        weights = weights.new_zeros(len(node)).index_add_(0, inverse, weights)
-        return _Laws(atoms, weights, torch.bincount(node, minlength=len(layer.state)))
-
-    def _evaluate(
-        self, tree: _Tree, utility: ExpectedUtility, actions: list[Tensor]
-    ) -> tuple[list[_Laws], list[Tensor]]:
-        """Compute a policy's laws, and the policy that is greedy on them but keeps to actions that are as good."""
-        laws, better = [_nothing(tree.layers[-1])], [actions[-1]]
-        for step in reversed(range(len(tree.layers) - 1)):
-            outlook = self._outlook(tree, step, laws[0], utility)
-            better.insert(0, _greedy(outlook.quality, actions[step]))
-            laws.insert(0, self._follow(tree, step, outlook, actions[step]))
-        return laws, better
+    def _grow(self, state: Tensor, stock: Tensor, steps: int, scale: float) -> StockTree:
+        return StockTree.grow(
+            self._edges,
+            self.ends,
+            state,
+            stock,
+            steps=steps,
+            discount=self.discount,
+            resolution=1024 * torch.finfo(stock.dtype).eps * (scale or 1.0),
+            max_nodes=self.max_nodes,
+            vectors=self.num_rewards is not None,
+        )
 
     def _backward(
         self, utility: ExpectedUtility, state: Tensor, stock: Tensor, steps: int, *, tail: float = 0.0
     ) -> StockSolution:
-        """Solve in one pass from the last step to the first: the fixed point of both iterations."""
+        """Solve in one pass from the last step to the first, from each stock: the fixed point of both iterations."""
         scale = float(stock.abs().max()) + self._largest * sum(self.discount**step for step in range(steps))
-        tree = self._list(state, stock[:, None], steps, tail, scale)
-        laws, actions = [_nothing(tree.layers[-1])], [torch.zeros_like(tree.layers[-1].state)]
+        tree = self._grow(state.expand(len(stock)), stock[:, None], steps, scale)
+        laws, actions = [NodeLaws.nothing(tree.layers[-1])], [torch.zeros_like(tree.layers[-1].state)]
         for step in reversed(range(steps)):
-            outlook = self._outlook(tree, step, laws[0], utility)
-            actions.insert(0, _greedy(outlook.quality))
-            laws.insert(0, self._follow(tree, step, outlook, actions[0]))
-        return self._solution(tree, utility, laws, actions, tail, 1, Stop.CONVERGED)
-
-    def _solution(
-        self,
-        tree: _Tree,
-        utility: ExpectedUtility,
-        laws: list[_Laws],
-        actions: list[Tensor],
-        bound: float,
-        iterations: int,
-        status: Stop,
-    ) -> StockSolution:
-        layers = []
-        for layer, law, action in zip(tree.layers, laws, actions, strict=True):
-            node = torch.repeat_interleave(law.counts)
-            worth = law.weights * utility(self._shaped(layer.stock[node] + law.atoms))
-            value = worth.new_zeros(len(layer.state)).index_add_(0, node, worth)
-            layers.append(StockLayer(layer.state, self._shaped(layer.stock), action, value))
-        counts = laws[0].counts.tolist()
-        atoms, weights = self._shaped(laws[0].atoms).split(counts), laws[0].weights.split(counts)
-        return StockSolution(
-            value=layers[0].value[tree.starts],
-            laws=tuple(ReturnLaw(atoms[node], weights[node]) for node in tree.starts.tolist()),
-            layers=tuple(layers),
-            error_bound=bound,
-            iterations=iterations,
-            status=status,
-            discount=self.discount,
-            resolution=tree.resolution,
-        )
+            outlook = tree.outlook(step, laws[0], utility)
+            actions.insert(0, greedy(outlook.quality))
+            laws.insert(0, tree.follow(step, outlook, actions[0]))
+        return _solution(tree, utility, laws, actions, tail, 1, Stop.CONVERGED)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """The augmented states of one step, and the transitions from them: a row each."""
-
-    state: Tensor
-    stock: Tensor
-    stopped: Tensor
-    node: Tensor
-    action: Tensor
-    successor: Tensor
-    probability: Tensor
-    reward: Tensor
+def _evaluate(tree: StockTree, utility: ExpectedUtility, actions: list[Tensor]) -> tuple[list[NodeLaws], list[Tensor]]:
+    """Compute a policy's laws, and the policy that is greedy on them but keeps to actions that are as good."""
+    laws, better = [NodeLaws.nothing(tree.layers[-1])], [actions[-1]]
+    for step in reversed(range(tree.steps)):
+        outlook = tree.outlook(step, laws[0], utility)
+        better.insert(0, greedy(outlook.quality, actions[step]))
+        laws.insert(0, tree.follow(step, outlook, actions[step]))
+    return laws, better
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tree:
-    layers: tuple[_Layer, ...]
-    starts: Tensor
-    tail: float
-    resolution: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _Laws:
-    """A law for each node, one behind the other."""
-
-    atoms: Tensor
-    weights: Tensor
-    counts: Tensor
-
-    def of(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all pairs of a place in ``nodes`` and an atom of the law of the node there."""
-        counts = self.counts[nodes]
-        place = torch.repeat_interleave(counts)
-        first = (self.counts.cumsum(0) - self.counts)[nodes]
-        within = torch.arange(len(place), device=place.device) - (counts.cumsum(0) - counts)[place]
-        return place, first[place] + within
-
-
-@dataclasses.dataclass(frozen=True)
-class _Outlook:
-    quality: Tensor
-    edge: Tensor
-    returns: Tensor
-    weights: Tensor
-
-
-def _nothing(layer: _Layer) -> _Laws:
-    """Return the laws that pay nothing."""
-    count = len(layer.state)
-    return _Laws(torch.zeros_like(layer.stock), layer.stock.new_ones(count), torch.ones_like(layer.state))
-
-
-def _greedy(quality: Tensor, current: Tensor | None = None) -> Tensor:
-    """Return the best actions; of those that differ by rounding alone the current, or else the first."""
-    best = quality.amax(1, keepdim=True)
-    good = quality >= best - 64 * torch.finfo(quality.dtype).eps * quality.abs().amax(1, keepdim=True)
-    first = good.long().argmax(1)
-    if current is None:
-        return first
-    return torch.where(good.gather(1, current[:, None]).squeeze(1), current, first)
-
-
-def _distinct(label: Tensor, totals: Tensor, resolution: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where each labelled total went, and the labels and totals that differ, by label and then by total."""
-    key = torch.cat([label[:, None], (totals / resolution).round().long()], dim=1)
-    found, inverse, counts = torch.unique(key, dim=0, return_inverse=True, return_counts=True)
-    kept = totals.new_zeros(len(found), totals.shape[1]).index_add_(0, inverse, totals) / counts[:, None]
-    return inverse, found[:, 0], kept
+def _solution(
+    tree: StockTree,
+    utility: ExpectedUtility,
+    laws: list[NodeLaws],
+    actions: list[Tensor],
+    bound: float,
+    iterations: int,
+    status: Stop,
+) -> StockSolution:
+    layers = tuple(
+        StockLayer(layer.state, tree.shown(layer.stock), action, tree.value(step, law, utility))
+        for step, (layer, law, action) in enumerate(zip(tree.layers, laws, actions, strict=True))
+    )
+    counts = laws[0].counts.tolist()
+    atoms, weights = tree.shown(laws[0].atoms).split(counts), laws[0].weights.split(counts)
+    return StockSolution(
+        value=layers[0].value[tree.starts],
+        laws=tuple(ReturnLaw(atoms[node], weights[node]) for node in tree.starts.tolist()),
+        layers=layers,
+        error_bound=bound,
+        iterations=iterations,
+        status=status,
+        discount=tree.discount,
+        resolution=tree.resolution,
+    )
