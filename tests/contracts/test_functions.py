@@ -52,6 +52,12 @@ def classification(x, weight=False):
     return model, ROWS + x, torch.tensor([0, 1])
 
 
+def curvature(x):
+    """The product with the Hessian of a quadratic function."""
+    weight = (vector(0.0) + x).requires_grad_()
+    return policies.fisher_product(weight.square().sum(), [weight])
+
+
 PAIRS = [preferences.TokenPair((1, 2), (3,), (4, 5))]
 
 
@@ -122,6 +128,12 @@ FUNCTIONS = {
         lambda past, held: EVEN[:2] * 2 + x, policies.PriceHistory((ROWS + 2).view(4, 2)), start=0
     ),
     "edit_stock": lambda x: policies.edit_stock(vector(x), torch.arange(4), vector(0.0), discount=0.9),
+    "backtracking": lambda x: policies.backtracking(vector(x), lambda step: step[0] > -0.9),
+    "conjugate_gradients": lambda x: policies.conjugate_gradients(lambda v: 2 * v, vector(x)),
+    "fisher_product": lambda x: curvature(x)(vector(0.0)),
+    "trust_region_step": lambda x: policies.trust_region_step(
+        vector(x), lambda v: 2 * v, constraint_gradients=ROWS, violations=vector(0.0, 2)
+    ),
     "stock_update": lambda x: policies.stock_update(vector(x), vector(0.0), discount=0.9),
     "wealth_after_trade": lambda x: policies.wealth_after_trade(EVEN, EVEN.flip(0) + x),
     "exploration_bonus": lambda x: online.exploration_bonus(

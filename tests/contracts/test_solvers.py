@@ -55,6 +55,8 @@ def stocked(max_iter, max_seconds):
     return mdp.value_iteration(policies.ExpectedUtility.target(), torch.tensor([0]), torch.tensor([-1.0]), **settings)
 
 
+SLOPES = torch.tensor([[3.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, 1.0]])
+
 # Name to a call ``(max_iter, max_seconds) -> Stop`` on a problem that takes more than one iteration.
 SOLVERS = {
     "train_portfolio": lambda max_iter, max_seconds: (
@@ -69,6 +71,17 @@ SOLVERS = {
             tolerance=1e3,
             max_iter=max_iter,
             max_seconds=max_seconds,
+        ).status
+    ),
+    "conjugate_gradients": lambda max_iter, max_seconds: (
+        policies.conjugate_gradients(lambda v: v @ SLOPES, SLOPES[0], max_iter=max_iter, max_seconds=max_seconds).status
+    ),
+    "trust_region_step": lambda max_iter, max_seconds: (
+        policies.trust_region_step(SLOPES[0], lambda v: v @ SLOPES, max_iter=max_iter, max_seconds=max_seconds).status
+    ),
+    "backtracking": lambda max_iter, max_seconds: (
+        policies.backtracking(
+            torch.ones(3), lambda step: step[0] < 0.5, max_iter=max_iter, max_seconds=max_seconds
         ).status
     ),
     "risk_parity": lambda max_iter, max_seconds: (

@@ -1,5 +1,6 @@
 """Learning to act: from logged decisions, under constraints, for several objectives at once."""
 
+from .curvature import ConjugateGradients, conjugate_gradients, fisher_product
 from .expected_utility import ExpectedUtility
 from .portfolio import PortfolioPolicy, PortfolioTraining, train_portfolio
 from .price_history import PriceHistory, read_prices
@@ -34,12 +35,16 @@ from .trading import (
     wealth_after_trade,
 )
 from .transitions import Transitions, read_transitions
+from .trust_region import LineSearch, TrustRegionStep, backtracking, trust_region_step
+
 
 __all__ = [
     "AverageSharpeReward",
     "Backtest",
+    "ConjugateGradients",
     "ExpectedUtility",
     "FirstStock",
+    "LineSearch",
     "Observation",
     "PortfolioPolicy",
     "PortfolioTraining",
@@ -53,11 +58,15 @@ __all__ = [
     "StockSolution",
     "TradingEnvironment",
     "Transitions",
+    "TrustRegionStep",
     "average_sharpe_rewards",
+    "backtracking",
+    "conjugate_gradients",
     "differential_sharpe_rewards",
     "drawdowns",
     "drift",
     "edit_stock",
+    "fisher_product",
     "maximum_sharpe",
     "minimum_variance",
     "portfolio_log_returns",
@@ -71,6 +80,7 @@ __all__ = [
     "sortino_ratio",
     "stock_update",
     "train_portfolio",
+    "trust_region_step",
     "walk_forward",
     "wealth_after_trade",
 ]
