@@ -122,3 +122,13 @@ def test_the_network_reads_how_far_prices_are_from_todays():
     assert torch.equal(heard[0][:, :, 0], image[:, :, 0])
     assert torch.allclose(heard[0][:, :, 1:, 0], torch.tensor(0.01 * portfolio.PRICE_SCALE), rtol=1e-4)
     assert not heard[0][:, :, 1:, 1].any()
+
+
+def test_training_and_acting_turn_actions_into_weights_by_the_policys_own_map():
+    class AllCash(PortfolioPolicy):
+        def weights(self, action):
+            return torch.eye(action.shape[-1])[0].expand_as(action)
+
+    policy = AllCash(2, window=4, width=4, hidden=16)
+    assert (policy.act(torch.ones(3, 1, 5, 2))[:, 0] == 1).all()
+    assert train_portfolio(policy, market(), horizon=8, max_iter=1).rewards == (0.0,)

@@ -85,3 +85,5 @@ def test_bad_arguments_are_refused_by_name(tmp_path):
         PriceHistory(torch.ones(3, 2), dates=("a",))
     with pytest.raises(TypeError, match="sliced by a range"):
         PriceHistory(torch.ones(3, 2))[0]
+    with pytest.raises(ValueError, match="a history of 3 days has none from 3 to None"):
+        PriceHistory(torch.ones(3, 2))[3:]

@@ -129,7 +129,6 @@ def test_environment_backtest_and_the_vectorised_form_agree():
         shares = wealth * spent * row * moves
         wealth, held = float(shares.sum()), shares / shares.sum()
     assert float(backtest.wealth()[-1]) == pytest.approx(wealth, rel=1e-9)
-    assert backtest.summary()["maximum drawdown"] == float(backtest.drawdowns().max())
 
 
 def test_an_image_shows_the_last_days_over_the_last_close_and_the_weights_on_top():
@@ -142,22 +141,6 @@ def test_an_image_shows_the_last_days_over_the_last_close_and_the_weights_on_top
             torch.testing.assert_close(
                 image[row, channel, 1:], prices[day - 5 : day + 1, :, channel] / prices[day, :, 0]
             )
-
-
-def momentum(past, held):
-    return (50 * past.log_returns()[-5:].mean(0) + held[1:]).softmax(-1)
-
-
-def test_scrambling_the_future_changes_nothing_that_was_done_before():
-    true = history()
-    scrambled = true.prices.clone()
-    scrambled[25:] = 1 / scrambled[25:].flip(0)
-    one, other = (walk_forward(momentum, prices, start=8) for prices in (true, PriceHistory(scrambled)))
-    # The close of day 24 decides the weights of row 16; day 25 is what they earn.
-    assert torch.equal(one.weights[:17], other.weights[:17])
-    assert torch.equal(one.log_returns[:16], other.log_returns[:16])
-    assert not torch.equal(one.log_returns[16], other.log_returns[16])
-    assert not torch.equal(one.weights[17], other.weights[17])
 
 
 def test_an_observation_does_not_move_with_later_prices():
@@ -193,12 +176,6 @@ def test_progress_holds_the_moments_of_the_episode():
     torch.testing.assert_close(steps[-1].observation.progress, torch.stack(expected, 1))
 
 
-def test_between_decisions_nothing_is_traded():
-    backtest = walk_forward(lambda past, held: torch.full((3,), 1 / 3).double(), history(), start=4, every=5)
-    assert (backtest.turnover.reshape(7, 5)[:, 1:] < 1e-15).all()
-    assert (backtest.turnover.reshape(7, 5)[:, 0] > 0).all()
-
-
 @pytest.mark.untyped
 def test_bad_input_is_refused_by_name():
     held, prices = torch.tensor([0.5, 0.5]), history()
@@ -232,9 +209,3 @@ def test_bad_input_is_refused_by_name():
     environment.reset()
     with pytest.raises(ValueError, match="weights must have shape"):
         environment.step(simplex(3, 4))
-    with pytest.raises(ValueError, match="start must lie in"):
-        walk_forward(momentum, prices, start=39)
-    with pytest.raises(ValueError, match="every must be"):
-        walk_forward(momentum, prices, start=9, every=0)
-    with pytest.raises(ValueError, match="strategy's weights must have shape"):
-        walk_forward(lambda past, held: torch.ones(7) / 7, prices, start=9)

@@ -1,5 +1,6 @@
 """Learning to act: from logged decisions, under constraints, for several objectives at once."""
 
+from .backtest import Backtest, walk_forward
 from .curvature import ConjugateGradients, conjugate_gradients, fisher_product
 from .expected_utility import ExpectedUtility
 from .portfolio import PortfolioPolicy, PortfolioTraining, train_portfolio
@@ -24,14 +25,12 @@ from .stock_augmented_distributional_dp import (
     StockSolution,
 )
 from .trading import (
-    Backtest,
     Observation,
     Step,
     TradingEnvironment,
     drift,
     portfolio_log_returns,
     price_image,
-    walk_forward,
     wealth_after_trade,
 )
 from .transitions import Transitions, read_transitions

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from .. import checks
 from ..ppo import clipped_policy_loss, clipped_value_loss, generalized_advantages
 from ..stopping import Budget, Stop
+from .backtest import Strategy
 from .price_history import PriceHistory
 from .sharpe import average_sharpe_rewards
-from .trading import Strategy, TradingEnvironment, price_image
+from .trading import TradingEnvironment, price_image
 
 Rewards = Callable[[Tensor], Tensor]
 PRICE_SCALE = 20.0  # a price's distance from the last close is some percent; this makes it some tenths
@@ -106,7 +107,15 @@ class PortfolioPolicy(nn.Module):
         Args:
             image: From :func:`price_image`.
         """
-        return self.actor(self._read(image)).softmax(-1)
+        return self.weights(self.actor(self._read(image)))
+
+    def weights(self, action: Float[Tensor, "*batch holdings"]) -> Float[Tensor, "*batch holdings"]:
+        """Turn actions into weights: their softmax.
+
+        Args:
+            action: Any real numbers, cash first.
+        """
+        return action.softmax(-1)
 
     def strategy(self) -> Strategy:
         """Return the policy as a strategy for :func:`walk_forward`."""
@@ -271,7 +280,7 @@ def _episodes(
         noise = torch.randn(mean.shape, generator=generator, device=where, dtype=mean.dtype).to(mean.device)
         action = mean + policy.log_deviation.exp() * noise
         taken.append((*observation, action, _log_density(policy, mean, action), value))
-        observation, log_return, done = environment.step(action.softmax(-1))
+        observation, log_return, done = environment.step(policy.weights(action))
         log_returns.append(log_return)
     names = ("image", "progress", "action", "logp", "values")
     steps = {name: torch.stack(column, 1) for name, column in zip(names, zip(*taken, strict=True), strict=True)}

@@ -79,6 +79,8 @@ class PriceHistory:
         """Return some days, in order, as a view: their prices were checked already."""
         if not isinstance(days, slice) or (days.step or 1) < 1:
             raise TypeError("a history is sliced by a range of days with a positive step")
+        if not len(range(*days.indices(len(self)))):
+            raise ValueError(f"a history of {len(self)} days has none from {days.start} to {days.stop}")
         part = object.__new__(PriceHistory)
         object.__setattr__(part, "prices", self.prices[days])
         object.__setattr__(part, "names", self.names)

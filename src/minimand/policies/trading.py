@@ -17,8 +17,6 @@ Source: Huang, Zhou and Song 2024, arXiv 2412.18563 (environment); Gyorfi and Va
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,9 +25,8 @@ from torch import Tensor
 
 from .. import checks
 from .price_history import PriceHistory
-from .sharpe import AverageSharpeReward, drawdowns, sharpe_ratio, sortino_ratio
+from .sharpe import AverageSharpeReward
 
-Strategy = Callable[[PriceHistory, Tensor], Tensor]
 ON_THE_SIMPLEX = 1e-4  # how far the sum of weights may be from 1: float32 softmax over hundreds of assets is within
 
 
@@ -297,7 +294,7 @@ class TradingEnvironment:
 
     def _observe(self) -> Observation:
         assert self._day is not None
-        image = price_image(self.history.prices, self._day, self.held, window=self.window)
+        image = _image(self.history.prices, self._day, self.held, self.window)
         progress = self.held.new_zeros(len(self.held), 3)
         if self._moments.state is not None:
             annualize = self._moments.annualize
@@ -340,111 +337,10 @@ def price_image(
     """
     checks.floating(prices, "prices")
     check_weights(held, "held")
-    checks.finite(prices, "prices")
     checks.require((day >= window - 1) & (day < len(prices)), lambda: f"day must lie in [{window - 1}, {len(prices)})")
-    days = day[:, None] + torch.arange(1 - window, 1, device=prices.device)
-    seen = prices[days] / prices[day][:, None, :, :1]
-    image = seen.permute(0, 3, 1, 2)
-    top = held[:, None, None, 1:].expand(-1, image.shape[1], 1, -1)
-    return torch.cat([top.to(image.dtype), image], 2)
-
-
-@dataclasses.dataclass(frozen=True)
-class Backtest:
-    """What a strategy earned, day by day.
-
-    Args:
-        log_returns: ``(days,)``, costs paid.
-        weights: ``(days, assets + 1)``, cash first, after each day's trade.
-        turnover: ``(days,)``: what was bought or sold of the assets, as a fraction of wealth.
-        dates: Of the days on which the returns were earned, where the history has any.
-    """
-
-    log_returns: Float[Tensor, " days"]
-    weights: Float[Tensor, "days holdings"]
-    turnover: Float[Tensor, " days"]
-    dates: tuple[str, ...] | None = None
-
-    def wealth(self) -> Float[Tensor, " days"]:
-        """Return wealth at the end of each day, 1 at the start: the equity curve."""
-        return self.log_returns.cumsum(0).exp()
-
-    def drawdowns(self) -> Float[Tensor, " days"]:
-        """Return how far wealth stands below its highest so far, as a fraction."""
-        return drawdowns(self.log_returns)
-
-    def summary(self, *, annualize: float = 252.0) -> dict[str, float]:
-        """Return the figures of merit.
-
-        Args:
-            annualize: Days a year.
-        """
-        worst = float(self.drawdowns().max())
-        growth = float(self.log_returns.mean()) * annualize
-        return {
-            "sharpe": float(sharpe_ratio(self.log_returns, annualize=annualize, epsilon=1e-8)),
-            "sortino": float(sortino_ratio(self.log_returns, annualize=annualize)),
-            "calmar": growth / worst if worst > 0 else float("inf") if growth > 0 else 0.0,
-            "annual log-return": growth,
-            "annual volatility": float(self.log_returns.std(correction=0)) * annualize**0.5,
-            "maximum drawdown": worst,
-            "days won": float((self.log_returns > 0).double().mean()),
-            "turnover": float(self.turnover.mean()),
-        }
-
-
-def walk_forward(
-    strategy: Strategy,
-    history: PriceHistory,
-    *,
-    start: int,
-    every: int = 1,
-    cost: float = 0.0025,
-    exact: bool = True,
-) -> Backtest:
-    """Let a strategy trade from one day to the end of a history, handing it the past and nothing else.
-
-    Args:
-        strategy: ``(past, held) -> weights``: prices up to and including the present close, and the weights held, cash
-            first, in; new weights out, either ``(assets + 1,)``, cash first, or ``(assets,)``, fully invested.
-        history: Prices.
-        start: Day, counted from 0, at whose close the first trade takes place.
-        every: Days from one decision to the next; in between nothing is traded and weights drift.
-        cost: kappa in [0, 1).
-        exact: As for :func:`wealth_after_trade`.
-
-    Returns:
-        One row a day after ``start``.
-
-    Raises:
-        ValueError: If there is no day after ``start``, a setting is out of range, or the strategy returns weights off
-            the simplex.
-
-    Example:
-        >>> history = PriceHistory(torch.tensor([[1.0, 1.0], [2.0, 1.0], [2.0, 2.0]]))
-        >>> walk_forward(lambda past, held: torch.tensor([0.5, 0.5]), history, start=0, cost=0.0).wealth()
-        tensor([1.5000, 2.2500])
-
-    Source:
-        Huang, Zhou and Song 2024, arXiv 2412.18563, the evaluation.
-    """
-    _check_cost(cost)
-    if every < 1:
-        raise ValueError(f"every must be at least 1, got {every}")
-    if not 0 <= start < len(history) - 1:
-        raise ValueError(f"start must lie in [0, {len(history) - 2}], got {start}")
-    relatives = history.relatives()
-    held = all_cash(torch.zeros_like(relatives[0]))
-    chosen, returns, turnover = [], [], []
-    for day in range(start, len(history) - 1):
-        weights = _holdings(strategy(history[: day + 1], held.clone()), held) if (day - start) % every == 0 else held
-        left = _left(held, weights, cost, exact)
-        turnover.append((held - left * weights)[1:].abs().sum())
-        returns.append(left.log() + (weights * relatives[day]).sum().log())
-        chosen.append(weights)
-        held = _drift(weights, relatives[day])
-    dates = None if history.dates is None else history.dates[start + 1 :]
-    return Backtest(torch.stack(returns), torch.stack(chosen), torch.stack(turnover), dates)
+    image = _image(prices, day, held, window)
+    checks.finite(image.detach(), "prices")
+    return image
 
 
 def check_weights(weights: Tensor, name: str) -> None:
@@ -466,18 +362,12 @@ def all_cash(like: Float[Tensor, "*batch holdings"]) -> Float[Tensor, "*batch ho
     return weights
 
 
-def _holdings(weights: Tensor, held: Tensor) -> Tensor:
-    """Check what a strategy returned, and put cash in front where it names only the assets."""
-    checks.floating(weights, "strategy's weights")
-    if weights.shape == (len(held) - 1,):
-        weights = torch.cat([weights.new_zeros(1), weights])
-    if weights.shape != held.shape:
-        raise ValueError(
-            f"strategy's weights must have shape ({len(held)},) or, without cash, ({len(held) - 1},), "
-            f"got {tuple(weights.shape)}"
-        )
-    check_weights(weights, "strategy's weights")
-    return weights.detach().to(held)
+def _image(prices: Tensor, day: Tensor, held: Tensor, window: int) -> Tensor:
+    days = day[:, None] + torch.arange(1 - window, 1, device=prices.device)
+    seen = prices[days] / prices[day][:, None, :, :1]
+    image = seen.permute(0, 3, 1, 2)
+    top = held[:, None, None, 1:].expand(-1, image.shape[1], 1, -1)
+    return torch.cat([top.to(image.dtype), image], 2)
 
 
 def _left(held: Tensor, target: Tensor, cost: float, exact: bool) -> Tensor:
