@@ -179,6 +179,17 @@ def bandit(part, dtype):
     return part(contexts).sum(), contexts
 
 
+def regressor(part, dtype):
+    contexts = scores(dtype).requires_grad_()
+    part.update(contexts.detach(), LABELS, torch.linspace(0, 1, 6, dtype=dtype))
+    return part(contexts).sum(), contexts
+
+
+def disjoint(part, dtype):
+    contexts = scores(dtype).requires_grad_()
+    return part(contexts).square().mean(), contexts
+
+
 def questioned(part, dtype):
     counts = scores(dtype).abs().requires_grad_()
     return part(counts, scores(dtype).flip(0).abs()).square().sum(), counts
@@ -194,6 +205,12 @@ MODULES = {
     "PortfolioPolicy": (lambda: policies.PortfolioPolicy(3, window=5, width=2, hidden=4), price_reader),
     "QueryNetwork": (lambda: online.QueryNetwork(3, budget=5, hidden=(8,)), questioned),
     "NeuralCB": (lambda: online.NeuralCB(nn.Linear(3, 3), radius=0.1), bandit),
+    "EpsilonGreedy": (lambda: online.EpsilonGreedy(nn.Linear(3, 3)), bandit),
+    "LinUCB": (lambda: online.LinUCB(3, num_actions=3), bandit),
+    "NeuralUCB": (lambda: online.NeuralUCB(nn.Linear(3, 3)), bandit),
+    "NeuralTS": (lambda: online.NeuralTS(nn.Linear(3, 3), covariance="full"), bandit),
+    "OnlineRegressor": (lambda: online.OnlineRegressor(nn.Linear(3, 3), radius=0.1), regressor),
+    "DisjointLinear": (lambda: online.DisjointLinear(3, 2, num_actions=4), disjoint),
     "PerturbedOutput": (lambda: online.PerturbedOutput(nn.Linear(3, 1), strength=0.1), perturbed),
     "SharpeLoss": (policies.SharpeLoss, period),
     "SparseTokenMask": (lambda: preferences.SparseTokenMask(4), masked),

@@ -241,7 +241,7 @@ def played(agent, number, seed=0):
 
 def test_a_linear_network_with_the_square_loss_is_squarecb_step_by_step():
     agent = NeuralCB(linear(), loss="square", gamma=20.0, lr=0.05, seed=5)
-    weight, bias = (parameter.detach().numpy().copy() for parameter in agent.network.parameters())
+    weight, bias = (parameter.detach().numpy().copy() for parameter in agent.regressor.network.parameters())
     uniform = torch.Generator().manual_seed(5)
     for contexts, losses in rounds(60):
         x = contexts[0].numpy()
@@ -259,7 +259,7 @@ def test_a_linear_network_with_the_square_loss_is_squarecb_step_by_step():
         residual = weight[action] @ x + bias[action] - float(losses[0, action])
         weight[action] -= 0.05 * residual * x
         bias[action] -= 0.05 * residual
-        assert np.allclose(agent.network.weight.detach().numpy(), weight, atol=1e-13)
+        assert np.allclose(agent.regressor.network.weight.detach().numpy(), weight, atol=1e-13)
 
 
 @pytest.mark.parametrize("loss", ["kl", "square"])
@@ -267,7 +267,7 @@ def test_one_copy_without_strength_is_the_plain_network(loss):
     plain = NeuralCB(linear(), loss=loss)
     perturbed = NeuralCB(PerturbedOutput(linear(), strength=0.0, copies=1), loss=loss)
     assert played(plain, 40) == played(perturbed, 40)
-    assert torch.equal(plain.network.weight, perturbed.network.network.weight)
+    assert torch.equal(plain.regressor.network.weight, perturbed.regressor.network.network.weight)
 
 
 @pytest.mark.parametrize("loss", ["kl", "square"])
@@ -279,21 +279,21 @@ def test_the_expected_perturbation_steps_by_the_mean_over_all_signs(loss):
             perturbed.network.weight += 0.3
             perturbed.network.bias -= 0.2
         agents.append(NeuralCB(perturbed if copies is None else with_all_signs(perturbed), loss=loss, lr=1.0))
-    before = torch.cat([p.detach().flatten() for p in agents[0].network.parameters()])
+    before = torch.cat([p.detach().flatten() for p in agents[0].regressor.network.parameters()])
     contexts = torch.tensor([[0.6, 0.8], [1.0, 0.0]], dtype=torch.float64)
     for agent in agents:
         agent.update(contexts, torch.tensor([0, 1]), torch.tensor([1.0, 0.2], dtype=torch.float64))
-    one, other = (torch.cat([p.detach().flatten() for p in agent.network.parameters()]) for agent in agents)
+    one, other = (torch.cat([p.detach().flatten() for p in agent.regressor.network.parameters()]) for agent in agents)
     assert (one - before).norm() > 0.1
     assert (one - other).abs().max() < (1e-12 if loss == "square" else 1e-6)
 
 
 def test_predictions_of_the_kl_agent_average_after_the_logistic_function():
     agent = NeuralCB(moved_network(3.0, copies=5))
-    agent.network.network[2] = nn.Linear(3, 1).double()
-    agent.network.network[2].load_state_dict({"weight": torch.ones(1, 3), "bias": torch.zeros(1)})
+    agent.regressor.network.network[2] = nn.Linear(3, 1).double()
+    agent.regressor.network.network[2].load_state_dict({"weight": torch.ones(1, 3), "bias": torch.zeros(1)})
     contexts = CONTEXTS[None].expand(4, 3, 2)
-    outputs = agent.network(contexts)[..., 0]
+    outputs = agent.regressor.network(contexts)[..., 0]
     assert torch.allclose(agent(contexts), outputs.sigmoid().mean(0))
     assert (agent(contexts) - outputs.mean(0).sigmoid()).abs().max() > 1e-3
 
@@ -342,7 +342,7 @@ def test_every_parameter_stays_in_its_ball_and_is_left_alone_inside():
     assert far == pytest.approx(0.3)
     loose, free = NeuralCB(linear(), radius=1e3), NeuralCB(linear())
     assert played(loose, 20) == played(free, 20)
-    assert torch.allclose(loose.network.weight, free.network.weight, atol=1e-14)
+    assert torch.allclose(loose.regressor.network.weight, free.regressor.network.weight, atol=1e-14)
 
 
 @pytest.mark.parametrize("loss", ["kl", "square"])
@@ -351,12 +351,12 @@ def test_a_seed_gives_the_actions_and_a_saved_agent_goes_on_with_them(loss):
     assert played(first, 50) == played(second, 50)
     third = NeuralCB(nn.Linear(2, 3).double(), loss=loss, seed=8)
     third.load_state_dict(first.state_dict())
-    assert int(third.rounds) == 50
+    assert int(third.regressor.rounds) == 50
     copied = copy.deepcopy(first)
     expected = played(first, 30, seed=1)
     assert played(third, 30, seed=1) == expected
     assert played(copied, 30, seed=1) == expected
-    assert torch.equal(copied.network.weight, first.network.weight)
+    assert torch.equal(copied.regressor.network.weight, first.regressor.network.weight)
     assert len(set(expected)) > 1
 
 
@@ -372,9 +372,9 @@ def test_actions_are_drawn_as_often_as_their_probabilities_say():
 
 def test_only_the_output_of_the_action_taken_is_trained():
     agent = NeuralCB(linear(), loss="kl", lr=1.0)
-    before = agent.network.weight.detach().clone()
+    before = agent.regressor.network.weight.detach().clone()
     agent.update(torch.ones(1, 2, dtype=torch.float64), torch.tensor([1]), torch.ones(1, dtype=torch.float64))
-    moved = (agent.network.weight - before).abs().sum(1) > 0
+    moved = (agent.regressor.network.weight - before).abs().sum(1) > 0
     assert moved.tolist() == [False, True, False]
 
 
@@ -390,9 +390,9 @@ def test_gamma_may_grow_with_the_rounds():
         for each in (agent, default):
             each.update(contexts, torch.tensor([0]), torch.tensor([0.4], dtype=torch.float64))
     fast = NeuralCB(linear())
-    fast.rounds += 299
+    fast.regressor.rounds += 299
     assert fast._gamma(3) == 30.0
-    fast.rounds += 2700
+    fast.regressor.rounds += 2700
     assert fast._gamma(3) == pytest.approx(math.sqrt(9000))
 
 

@@ -11,16 +11,16 @@ from .adversarial_linear_mdps import (
     magnitude_reduced_estimate,
     matrix_geometric_resampling,
 )
-from .classification_bandit import BanditAgent, BanditRun, ClassificationBandit, play_bandit
+from .bandit_agents import BanditAgent, Decision
+from .classification_bandit import BanditRun, ClassificationBandit, play_bandit
+from .confidence_bandits import LinUCB, NeuralTS, NeuralUCB
+from .disjoint_linear import DisjointLinear
+from .epsilon_greedy import EpsilonGreedy
 from .learning_to_actively_learn import RobustTraining, train_robust_policy
 from .linear_mdp import LinearMDP
-from .neural_contextual_bandits import (
-    Decision,
-    NeuralCB,
-    PerturbedOutput,
-    inverse_gap_weights,
-    online_regression_loss,
-)
+from .neural_contextual_bandits import NeuralCB, inverse_gap_weights
+from .online_regression import OnlineRegressor, online_regression_loss
+from .perturbed_output import PerturbedOutput
 from .problem_complexity import ComplexitySolution, complexity
 from .query_game import GameSolution, Instances, QueryGame
 from .query_policies import QueryNetwork, TabularPolicy, generalized_binary_search, thresholds, uniform_allocation
@@ -34,10 +34,16 @@ __all__ = [
     "ClassificationBandit",
     "ComplexitySolution",
     "Decision",
+    "DisjointLinear",
+    "EpsilonGreedy",
     "GameSolution",
     "Instances",
+    "LinUCB",
     "LinearMDP",
     "NeuralCB",
+    "NeuralTS",
+    "NeuralUCB",
+    "OnlineRegressor",
     "PerturbedOutput",
     "QueryGame",
     "QueryNetwork",

@@ -11,7 +11,7 @@ Source: Beygelzimer and Langford 2009, "The Offset Tree for Learning with Partia
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -19,19 +19,9 @@ from torch import Tensor
 
 from .. import checks
 from ..tables import TableEncoder, as_frame
+from .bandit_agents import BanditAgent
 
 Order = Literal["random", "sorted"]
-
-
-@runtime_checkable
-class BanditAgent(Protocol):
-    """What :func:`play_bandit` plays: :class:`NeuralCB`, or anything that has these two methods."""
-
-    def act(self, contexts: Any) -> Any:
-        """Choose an action for each context: a pair of actions ``(batch,)`` and their probabilities ``(batch,)``."""
-
-    def update(self, contexts: Any, action: Any, loss: Any) -> Any:
-        """Learn from the losses ``(batch,)`` of the actions taken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +154,7 @@ def play_bandit(
     Example:
         >>> from minimand.online import NeuralCB
         >>> bandit = ClassificationBandit(torch.eye(3), torch.tensor([0, 1, 2]))
-        >>> agent = NeuralCB(nn.Linear(3, 3), gamma=100.0, lr=1.0)
+        >>> agent = NeuralCB(torch.nn.Linear(3, 3), gamma=100.0, lr=1.0)
         >>> run = play_bandit(agent, bandit, num_rounds=200)
         >>> bool(run.regret[-1] - run.regret[-50] < 5)
         True

@@ -29,30 +29,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .. import checks
-from ..projections import project_ball
-from ..reduction import Reduction, check_reduction, reduce
+from .bandit_agents import Decision, RandomDraws, check_unit
+from .online_regression import OnlineRegressor, Regression
 
-Regression = Literal["kl", "square"]
 Weighting = Literal["fast", "square"]
-
-
-class Decision(NamedTuple):
-    """What :meth:`NeuralCB.act` chose.
-
-    Args:
-        action: The actions taken, ``(batch,)``.
-        probability: The probability that each was taken with, ``(batch,)``: what off-policy evaluation asks for.
-    """
-
-    action: Tensor
-    probability: Tensor
 
 
 def inverse_gap_weights(
@@ -100,151 +87,11 @@ def inverse_gap_weights(
     least, best = predicted.min(-1, keepdim=True)
     gap = predicted - least
     if kind == "fast":
-        _check_unit(predicted, "predicted")
+        check_unit(predicted, "predicted")
         # Equals of a best action without loss have no gap, which 0 / 0 would not tell; the others have an infinite one.
         gap = torch.where(gap > 0, gap / least, gap).clamp_max(torch.finfo(gap.dtype).max)
     others = torch.reciprocal(predicted.shape[-1] + gamma * gap).scatter(-1, best, 0.0)
     return others.scatter(-1, best, 1 - others.sum(-1, keepdim=True))
-
-
-def online_regression_loss(
-    input: Float[Tensor, "copies *batch"],
-    target: Float[Tensor, "*batch"],
-    *,
-    kind: Regression = "kl",
-    reduction: Reduction = "mean",
-) -> Float[Tensor, "..."]:
-    r"""Compute the regression loss of observed losses, averaged over the perturbed copies of the output.
-
-    .. math:: \ell = \tfrac12 (y - \tilde f)^2 \ \text{(square)}, \qquad
-              \ell = y \ln\frac{y}{\sigma(\tilde f)} + (1 - y) \ln\frac{1 - y}{1 - \sigma(\tilde f)} \ \text{(KL)},
-
-    both with the gradient (prediction - y) with respect to :math:`\tilde f`. The second is the binary cross-entropy
-    less the entropy of y, so it is 0 where :math:`\sigma(\tilde f) = y`.
-
-    Args:
-        input: Outputs :math:`\tilde f` of the network, one copy a row; logits for ``"kl"``.
-        target: Observed losses y, in [0, 1].
-        kind: ``"kl"`` (NeuFastCB) or ``"square"`` (NeuSquareCB).
-        reduction: Over the batch: ``"mean"``, ``"sum"``, ``"none"``, or a risk.
-
-    Returns:
-        A scalar, or a tensor of the target's shape for ``"none"``.
-
-    Raises:
-        TypeError: If an input is not of a floating-point dtype.
-        ValueError: If shapes do not match, or a target lies outside [0, 1].
-
-    Example:
-        >>> online_regression_loss(torch.tensor([[0.0, 2.0], [0.0, 2.0]]), torch.tensor([0.5, 1.0]))
-        tensor(0.0635)
-
-    Source:
-        Deb et al. 2024, arXiv 2312.07145, section 3.
-    """
-    checks.floating(input, "input")
-    checks.floating(target, "target")
-    checks.one_of(kind, "kind", ("kl", "square"))
-    check_reduction(reduction)
-    if input.dim() == 0 or input.shape[1:] != target.shape:
-        raise ValueError(
-            f"input must have shape (copies, *batch) with the batch of target {tuple(target.shape)}, "
-            f"got {tuple(input.shape)}"
-        )
-    checks.not_empty(input, "input")
-    _check_unit(target, "target")
-    if kind == "square":
-        losses = (input - target).square() / 2
-    else:
-        entropy = -torch.xlogy(target, target) - torch.xlogy(1 - target, 1 - target)
-        losses = nn.functional.softplus(input) - target * input - entropy
-    return reduce(losses.mean(0).flatten(), reduction, shape=target.shape)
-
-
-class PerturbedOutput(nn.Module):
-    r"""A network whose output feels the distance from the initial weights, through fixed random signs.
-
-    .. math:: \tilde f(\theta; x, \epsilon^s) = f(\theta; x) + c \sum_j (\theta - \theta_0)_j\, \epsilon^s_j,
-              \qquad s = 1 \dots S .
-
-    All parameters that need a gradient when this is built take part, and their values are :math:`\theta_0`, where
-    there is no perturbation. The mean over all signs has a closed form, see :meth:`penalty`; ``copies=None`` takes it
-    in place of drawn signs, and then the penalty must be added to the loss, as :class:`NeuralCB` does.
-
-    Args:
-        network: Any network f; moved to its device and dtype beforehand.
-        strength: :math:`c = c_p m^{-1/4}`, at least 0: the paper's constant over the fourth root of the width m. The
-            theory asks for a :math:`c_p` with :math:`c_p^2` of the order of the network's curvature.
-        copies: How many sign vectors S; the theory asks for the order of log m. They take one byte an entry and
-            travel in the state. None for the mean over all.
-        seed: Of the signs.
-
-    Raises:
-        ValueError: If ``strength`` is negative, ``copies`` below 1, or no parameter needs a gradient.
-
-    Example:
-        >>> network = PerturbedOutput(nn.Linear(2, 3), strength=0.1, copies=4)
-        >>> network(torch.ones(5, 2)).shape
-        torch.Size([4, 5, 3])
-
-    Source:
-        Deb et al. 2024, arXiv 2312.07145, section 3; that the signs are kept for all rounds is our reading, the mean
-        over signs our derivation.
-    """
-
-    initial: Tensor
-    signs: Tensor | None
-
-    def __init__(self, network: nn.Module, *, strength: float, copies: int | None = 5, seed: int = 0) -> None:
-        super().__init__()
-        checks.non_negative(strength, "strength")
-        if copies is not None and copies < 1:
-            raise ValueError(f"copies must be at least 1, or None for the mean over all signs, got {copies}")
-        self.network = network
-        self.strength = float(strength)
-        self._names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-        if not self._names:
-            raise ValueError("network must have a parameter that needs a gradient: there is nothing to perturb")
-        start = self._weights().detach().clone()
-        self.register_buffer("initial", start)
-        signs = None
-        if copies is not None:
-            generator = torch.Generator().manual_seed(seed)
-            fair = torch.randint(2, (copies, start.numel()), generator=generator, dtype=torch.int8)
-            signs = (2 * fair - 1).to(start.device)
-        self.register_buffer("signs", signs)
-
-    def forward(self, contexts: Tensor) -> Tensor:
-        """Return the perturbed outputs, ``(copies, *)`` for outputs ``(*)``; one copy, plain, if ``copies`` is None.
-
-        Args:
-            contexts: What the network takes.
-
-        Raises:
-            ValueError: If the network's output is not finite.
-        """
-        output: Tensor = self.network(contexts)
-        checks.finite(output.detach(), "the network's output")
-        if self.signs is None or self.strength == 0:
-            return output[None].expand(1 if self.signs is None else len(self.signs), *output.shape)
-        offset = self._weights() - self.initial
-        shift = self.strength * (self.signs.to(offset) @ offset)
-        return output + shift.to(output).view(-1, *[1] * output.dim())
-
-    def penalty(self) -> Float[Tensor, ""]:
-        r"""Return :math:`\frac{c^2}{2} \|\theta - \theta_0\|^2`: half of the variance of the perturbation.
-
-        It is, exactly, by how much the perturbation raises the mean of the square loss over all signs; to second order
-        in c, times :math:`\sigma'(f)`, by how much it raises that of the KL loss.
-        """
-        return self.strength**2 / 2 * (self._weights() - self.initial).square().sum()
-
-    def _weights(self) -> Tensor:
-        return torch.cat([self.network.get_parameter(name).flatten() for name in self._names])
-
-    def extra_repr(self) -> str:
-        """Show the settings."""
-        return f"strength={self.strength}, copies={None if self.signs is None else len(self.signs)}"
 
 
 class NeuralCB(nn.Module):
@@ -288,8 +135,6 @@ class NeuralCB(nn.Module):
         Deb et al. 2024, arXiv 2312.07145, algorithms 1 and 2.
     """
 
-    rounds: Tensor
-
     def __init__(
         self,
         network: nn.Module,
@@ -303,27 +148,13 @@ class NeuralCB(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        checks.one_of(loss, "loss", ("kl", "square"))
         checks.one_of(weighting, "weighting", (None, "fast", "square"))
-        checks.positive(lr, "lr")
-        if radius is not None:
-            checks.positive(radius, "radius")
         if gamma is not None and not callable(gamma):
             checks.non_negative(gamma, "gamma")
-        learnt = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
-        if not learnt:
-            raise ValueError("network must have a parameter that needs a gradient: there is nothing to learn")
-        self.network = network
-        self.loss = loss
-        self.weighting = weighting or ("fast" if loss == "kl" else "square")
+        self.regressor = OnlineRegressor(network, loss=loss, optimizer=optimizer, lr=lr, radius=radius)
+        self.weighting: Weighting = weighting or ("fast" if loss == "kl" else "square")
         self.gamma = gamma
-        self.radius = radius
-        self.optimizer = optimizer if optimizer is not None else torch.optim.SGD(learnt.values(), lr=lr)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("rounds", torch.zeros((), dtype=torch.int64))
-        self._projected = [] if radius is None else list(learnt)
-        for number, name in enumerate(self._projected):
-            self.register_buffer(f"centre_{number}", learnt[name].detach().clone())
+        self.draws = RandomDraws(seed)
 
     def forward(self, contexts: Tensor) -> Float[Tensor, "batch actions"]:
         """Predict the loss of every action.
@@ -337,8 +168,8 @@ class NeuralCB(nn.Module):
         Raises:
             ValueError: If the network's output has another shape or is not finite.
         """
-        outputs = self._outputs(contexts)
-        return (outputs.sigmoid() if self.loss == "kl" else outputs).mean(0)
+        predicted: Tensor = self.regressor(contexts)
+        return predicted
 
     @torch.no_grad()
     def probabilities(self, contexts: Tensor) -> Float[Tensor, "batch actions"]:
@@ -351,21 +182,14 @@ class NeuralCB(nn.Module):
         predicted = self(contexts).clamp(0, 1)
         return inverse_gap_weights(predicted, gamma=self._gamma(predicted.shape[-1]), kind=self.weighting)
 
-    @torch.no_grad()
     def act(self, contexts: Tensor) -> Decision:
         """Draw an action for each context.
 
         Args:
             contexts: ``(batch, *)``, as the network takes them.
         """
-        probabilities = self.probabilities(contexts)
-        uniform = torch.rand(len(probabilities), 1, generator=self.generator, dtype=probabilities.dtype)
-        total = probabilities.cumsum(-1)
-        # Scaled to end at exactly 1, so that rounding never draws an action of probability 0.
-        action = (total / total[:, -1:] <= uniform.to(total.device)).sum(-1)
-        return Decision(action, probabilities.gather(-1, action[:, None]).squeeze(-1))
+        return self.draws.actions(self.probabilities(contexts))
 
-    @torch.enable_grad()
     def update(
         self, contexts: Tensor, action: Int[Tensor, " batch"], loss: Float[Tensor, " batch"]
     ) -> Float[Tensor, ""]:
@@ -383,87 +207,17 @@ class NeuralCB(nn.Module):
             TypeError: If ``action`` holds no integers, or ``loss`` no floating-point numbers.
             ValueError: If shapes do not match, an action does not exist, or a loss lies outside [0, 1].
         """
-        checks.tensor(action, "action")
-        checks.floating(loss, "loss")
-        if action.is_floating_point() or action.dtype == torch.bool:
-            raise TypeError(f"action must have an integer dtype, got {action.dtype}")
-        batch = (len(contexts),)
-        if action.shape != batch or loss.shape != batch:
-            raise ValueError(
-                f"action and loss must have shape {batch}, as the batch of contexts; "
-                f"got {tuple(action.shape)} and {tuple(loss.shape)}"
-            )
-        _check_unit(loss, "loss")
-        outputs = self._outputs(contexts)
-        actions = outputs.shape[-1]
-        checks.require(
-            (action >= 0) & (action < actions),
-            lambda: f"action must lie in [0, {actions - 1}], got {int(action.min())} to {int(action.max())}",
-        )
-        taken = outputs.gather(-1, action.long().expand(len(outputs), -1)[..., None]).squeeze(-1)
-        objective = online_regression_loss(taken, loss.to(taken), kind=self.loss)
-        if isinstance(self.network, PerturbedOutput) and self.network.signs is None:
-            # Of the second order in the perturbation, which for the square loss, of curvature 1, is all.
-            curvature = 1.0 if self.loss == "square" else (taken.sigmoid() * (-taken).sigmoid()).mean()
-            objective = objective + curvature * self.network.penalty()
-        self.optimizer.zero_grad(set_to_none=True)
-        objective.backward()
-        self.optimizer.step()
-        self._project()
-        self.rounds += len(loss)
-        return objective.detach()
-
-    def get_extra_state(self) -> Tensor:
-        """Return the state of the generator, for ``state_dict``."""
-        return self.generator.get_state()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore the state of the generator, for ``load_state_dict``.
-
-        Args:
-            state: What :meth:`get_extra_state` returned.
-        """
-        self.generator.set_state(state.cpu())
+        return self.regressor.update(contexts, action, loss)
 
     def extra_repr(self) -> str:
         """Show the settings."""
-        return f"loss={self.loss!r}, weighting={self.weighting!r}, gamma={self.gamma}, radius={self.radius}"
-
-    def _outputs(self, contexts: Tensor) -> Float[Tensor, "copies batch actions"]:
-        outputs: Tensor = self.network(contexts)
-        if not isinstance(self.network, PerturbedOutput):
-            outputs = outputs[None]
-        if outputs.dim() == 4 and outputs.shape[-1] == 1:
-            outputs = outputs.squeeze(-1)
-        if outputs.dim() != 3 or outputs.shape[1] != len(contexts) or outputs.shape[2] < 2:
-            raise ValueError(
-                f"network must give one output for each of at least 2 actions, (batch, actions) with the "
-                f"batch of {len(contexts)} contexts, got {tuple(outputs.shape[1:])}"
-            )
-        checks.finite(outputs.detach(), "the network's output")
-        return outputs
+        return f"weighting={self.weighting!r}, gamma={self.gamma}"
 
     def _gamma(self, actions: int) -> float:
-        number = int(self.rounds) + 1
+        number = self.regressor.next_round
         if callable(self.gamma):
             return float(self.gamma(number))
         if self.gamma is not None:
             return float(self.gamma)
         growing = math.sqrt(actions * number)
         return max(10.0 * actions, growing) if self.weighting == "fast" else growing
-
-    @torch.no_grad()
-    def _project(self) -> None:
-        if self.radius is None:
-            return
-        for number, name in enumerate(self._projected):
-            parameter, centre = self.network.get_parameter(name), self.get_buffer(f"centre_{number}")
-            parameter.copy_(centre + project_ball(parameter - centre, radius=self.radius))
-
-
-def _check_unit(value: Tensor, name: str) -> None:
-    checks.finite(value, name)
-    checks.require(
-        (value >= 0) & (value <= 1),
-        lambda: f"{name} must lie in [0, 1], got values from {float(value.min())} to {float(value.max())}",
-    )
