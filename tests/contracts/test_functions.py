@@ -143,6 +143,8 @@ FUNCTIONS = {
     "linear_q_estimate": lambda x: online.linear_q_estimate(
         ROWS / 2, vector(x) / 2, torch.tensor(1.0).double(), torch.eye(4).double()
     ),
+    "exploration_weights": lambda x: online.exploration_weights(torch.tensor([-1, 1]), int(2 + x)),
+    "linear_q_weights": lambda x: online.linear_q_weights(ROWS / 2, vector(x, 2), torch.eye(4, dtype=torch.float64)),
     "log_barrier_step": lambda x: online.log_barrier_step(vector(x), learning_rate=0.5),
     "magnitude_reduced_estimate": lambda x: online.magnitude_reduced_estimate(
         ROWS / 2,

@@ -21,9 +21,11 @@ from .linear_mdp import LinearMDP
 from .neural_contextual_bandits import NeuralCB, inverse_gap_weights
 from .online_regression import OnlineRegressor, online_regression_loss
 from .perturbed_output import PerturbedOutput
+from .policy_cover import CoverExplorer, PolicyCover
 from .problem_complexity import ComplexitySolution, complexity
 from .query_game import GameSolution, Instances, QueryGame
 from .query_policies import QueryNetwork, TabularPolicy, generalized_binary_search, thresholds, uniform_allocation
+from .simulator_free_learner import SimulatorFreeLearner, exploration_weights, linear_q_weights
 
 __all__ = [
     "ActiveLearner",
@@ -33,6 +35,7 @@ __all__ = [
     "BarrierStep",
     "ClassificationBandit",
     "ComplexitySolution",
+    "CoverExplorer",
     "Decision",
     "DisjointLinear",
     "EpsilonGreedy",
@@ -45,16 +48,20 @@ __all__ = [
     "NeuralUCB",
     "OnlineRegressor",
     "PerturbedOutput",
+    "PolicyCover",
     "QueryGame",
     "QueryNetwork",
     "RobustTraining",
+    "SimulatorFreeLearner",
     "TabularPolicy",
     "complexity",
     "exploration_bonus",
+    "exploration_weights",
     "generalized_binary_search",
     "inverse_covariance",
     "inverse_gap_weights",
     "linear_q_estimate",
+    "linear_q_weights",
     "log_barrier_step",
     "magnitude_reduced_estimate",
     "matrix_geometric_resampling",

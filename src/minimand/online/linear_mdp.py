@@ -289,7 +289,7 @@ class LinearMDP:
             actions: Taken.
         """
         self._check_table(table, "table")
-        self._check_path(states, actions)
+        check_path(self.features, states, actions)
         place = (states * self.num_actions + actions)[..., None]
         flat = table.flatten(-2).expand(*place.shape[:-1], -1)
         return flat.gather(-1, place).squeeze(-1)
@@ -303,7 +303,7 @@ class LinearMDP:
             states: Visited.
             actions: Taken.
         """
-        self._check_path(states, actions)
+        check_path(self.features, states, actions)
         return self.features[torch.arange(self.num_layers, device=self.features.device), states, actions]
 
     def linearity_residual(
@@ -344,20 +344,6 @@ class LinearMDP:
         self._check_table(policy, "policy")
         _check_probabilities(policy, "policy", tuple(policy.shape))
 
-    def _check_path(self, states: Tensor, actions: Tensor) -> None:
-        for path, name, count in ((states, "states", self.num_states), (actions, "actions", self.num_actions)):
-            checks.tensor(path, name)
-            if path.is_floating_point() or path.dtype == torch.bool:
-                raise TypeError(f"{name} must have an integer dtype, got {path.dtype}")
-            if path.dim() == 0 or path.shape[-1] != self.num_layers or path.shape != states.shape:
-                raise ValueError(f"{name} must have shape (*batch, {self.num_layers}), got {tuple(path.shape)}")
-            checks.require(
-                (path >= 0) & (path < count),
-                lambda path=path, name=name, count=count: (  # type: ignore[misc]
-                    f"{name} must lie in [0, {count - 1}], got values from {int(path.min())} to {int(path.max())}"
-                ),
-            )
-
     def __repr__(self) -> str:
         return (
             f"LinearMDP(num_layers={self.num_layers}, num_states={self.num_states}, num_actions={self.num_actions}, "
@@ -373,6 +359,23 @@ def check_features(features: Tensor, name: str) -> None:
     checks.require(
         norms <= 1 + 1e-6, lambda: f"{name} must have norms of at most 1, got one of {float(norms.max()):.6g}"
     )
+
+
+def check_path(features: Tensor, states: Tensor, actions: Tensor) -> None:
+    """Raise unless states and actions, ``(*batch, layers)``, are of a problem with these features."""
+    layers, num_states, num_actions, _ = features.shape
+    for path, name, count in ((states, "states", num_states), (actions, "actions", num_actions)):
+        checks.tensor(path, name)
+        if path.is_floating_point() or path.dtype == torch.bool:
+            raise TypeError(f"{name} must have an integer dtype, got {path.dtype}")
+        if path.dim() == 0 or path.shape[-1] != layers or path.shape != states.shape:
+            raise ValueError(f"{name} must have shape (*batch, {layers}), got {tuple(path.shape)}")
+        checks.require(
+            (path >= 0) & (path < count),
+            lambda path=path, name=name, count=count: (  # type: ignore[misc]
+                f"{name} must lie in [0, {count - 1}], got values from {int(path.min())} to {int(path.max())}"
+            ),
+        )
 
 
 def _check_probabilities(value: Tensor, name: str, shape: tuple[int, ...]) -> None:
