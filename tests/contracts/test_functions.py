@@ -134,6 +134,12 @@ FUNCTIONS = {
     "trust_region_step": lambda x: policies.trust_region_step(
         vector(x), lambda v: 2 * v, constraint_gradients=ROWS, violations=vector(0.0, 2)
     ),
+    "crowding_distance": lambda x: policies.crowding_distance(ROWS + x).isinf().double(),
+    "expected_utility": lambda x: policies.expected_utility(ROWS + x, EVEN[None]),
+    "hypervolume": lambda x: policies.hypervolume(ROWS + 2 + x, EVEN),
+    "non_dominated": lambda x: policies.non_dominated(ROWS + x),
+    "sparsity": lambda x: policies.sparsity(ROWS + x),
+    "weight_grid": lambda x: policies.weight_grid(3, divisions=int(2 + x)),
     "stock_update": lambda x: policies.stock_update(vector(x), vector(0.0), discount=0.9),
     "wealth_after_trade": lambda x: policies.wealth_after_trade(EVEN, EVEN.flip(0) + x),
     "exploration_bonus": lambda x: online.exploration_bonus(

@@ -3,6 +3,8 @@
 from .backtest import Backtest, walk_forward
 from .curvature import ConjugateGradients, conjugate_gradients, fisher_product
 from .expected_utility import ExpectedUtility
+from .pareto_archive import ArchivedPolicy, ParetoArchive
+from .pareto_front import crowding_distance, expected_utility, hypervolume, non_dominated, sparsity, weight_grid
 from .portfolio import PortfolioPolicy, PortfolioTraining, train_portfolio
 from .price_history import PriceHistory, read_prices
 from .return_law import ReturnLaw
@@ -36,8 +38,8 @@ from .trading import (
 from .transitions import Transitions, read_transitions
 from .trust_region import LineSearch, TrustRegionStep, backtracking, trust_region_step
 
-
 __all__ = [
+    "ArchivedPolicy",
     "AverageSharpeReward",
     "Backtest",
     "ConjugateGradients",
@@ -45,6 +47,7 @@ __all__ = [
     "FirstStock",
     "LineSearch",
     "Observation",
+    "ParetoArchive",
     "PortfolioPolicy",
     "PortfolioTraining",
     "PriceHistory",
@@ -61,13 +64,17 @@ __all__ = [
     "average_sharpe_rewards",
     "backtracking",
     "conjugate_gradients",
+    "crowding_distance",
     "differential_sharpe_rewards",
     "drawdowns",
     "drift",
     "edit_stock",
+    "expected_utility",
     "fisher_product",
+    "hypervolume",
     "maximum_sharpe",
     "minimum_variance",
+    "non_dominated",
     "portfolio_log_returns",
     "prefix_sharpe_ratios",
     "price_image",
@@ -77,9 +84,11 @@ __all__ = [
     "sharpe_ratio",
     "shrunk_moments",
     "sortino_ratio",
+    "sparsity",
     "stock_update",
     "train_portfolio",
     "trust_region_step",
     "walk_forward",
     "wealth_after_trade",
+    "weight_grid",
 ]
