@@ -162,6 +162,7 @@ FUNCTIONS = {
     ),
     "matrix_geometric_resampling": lambda x: online.matrix_geometric_resampling(ROWS[None] / 2 + x, regularization=0.1),
     "complexity": lambda x: online.complexity(vector(x), torch.eye(4, dtype=torch.float64)),
+    "gap_search": lambda x: online.gap_search(ROWS.abs() + x, ROWS, hypotheses=torch.eye(4, dtype=torch.float64)),
     "generalized_binary_search": lambda x: online.generalized_binary_search(
         ROWS.abs() + x, ROWS.abs(), hypotheses=online.thresholds(4)
     ),
@@ -171,6 +172,14 @@ FUNCTIONS = {
         online.QueryGame(online.thresholds(2), budget=2),
         radii=torch.tensor([6.0 + x]),
         num_instances=4,
+        num_steps=2,
+    ),
+    "train_sampled_policy": lambda x: online.train_sampled_policy(
+        online.QueryScorer(online.thresholds(2), budget=2, hidden=(4,)),
+        online.SampledQueryGame(online.thresholds(2), budget=2),
+        radii=torch.tensor([6.0 + x]),
+        num_instances=4,
+        games=2,
         num_steps=2,
     ),
     "uniform_allocation": lambda x: online.uniform_allocation(ROWS.abs() + x, ROWS.abs()),

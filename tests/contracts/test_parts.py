@@ -204,6 +204,7 @@ def price_reader(part, dtype):
 MODULES = {
     "PortfolioPolicy": (lambda: policies.PortfolioPolicy(3, window=5, width=2, hidden=4), price_reader),
     "QueryNetwork": (lambda: online.QueryNetwork(3, budget=5, hidden=(8,)), questioned),
+    "QueryScorer": (lambda: online.QueryScorer(online.thresholds(3), budget=5, hidden=(8,)), questioned),
     "NeuralCB": (lambda: online.NeuralCB(nn.Linear(3, 3), radius=0.1), bandit),
     "EpsilonGreedy": (lambda: online.EpsilonGreedy(nn.Linear(3, 3)), bandit),
     "LinUCB": (lambda: online.LinUCB(3, num_actions=3), bandit),

@@ -36,7 +36,7 @@ def drawn(*shape, seed=0):
 
 
 def drawn_table(game, seed=0):
-    return (3 * drawn(*game.positives.shape, seed=seed)).softmax(-1)
+    return (3 * drawn(*game.counts.shape, seed=seed)).softmax(-1)
 
 
 # ------------------------------------------------------------------------------------------------------- complexity
@@ -163,7 +163,9 @@ def played_out(game, table, theta, loss):
             costs = [values.max() - values[z] if loss == "regret" else float(z != int(values.argmax())) for z in ties]
             return float(sum(costs)) / len(ties)
         total = 0.0
-        for query, chance in enumerate(policy(positives[None], negatives[None])[0].tolist()):
+        for query, chance in enumerate(
+            policy((positives + negatives)[None], (positives - negatives)[None])[0].tolist()
+        ):
             step = torch.eye(len(theta), dtype=torch.float64)[query]
             right = (1 + theta[query].item()) / 2
             if chance:
@@ -220,7 +222,7 @@ def test_the_gradients_of_the_loss_are_right():
 
 
 def all_deterministic(game):
-    for choice in itertools.product(range(game.num_queries), repeat=len(game.positives)):
+    for choice in itertools.product(range(game.num_queries), repeat=len(game.counts)):
         yield torch.nn.functional.one_hot(torch.tensor(choice), game.num_queries).double()
 
 
@@ -282,7 +284,7 @@ def sequence_form(game, theta):
 
 def test_the_solution_is_that_of_the_linear_program_over_how_often_states_are_reached():
     game = QueryGame(thresholds(3), budget=4)
-    theta = game.draw_instances(20, radius=4.0, generator=seeded()).theta
+    theta = game.classes.draw(20, radius=4.0, generator=seeded()).theta
     assert game.solve(theta).value == pytest.approx(sequence_form(game, theta), abs=1e-6)
 
 
@@ -298,7 +300,7 @@ def test_no_policy_beats_the_bayes_policy_on_its_mixture():
 def test_values_rise_with_the_class_and_the_joint_gap_is_the_least():
     """Two nested classes: the joint policy's gap is no larger than those of the policies made for one class."""
     game = QueryGame(thresholds(3), budget=5)
-    easy, hard = (game.draw_instances(15, radius=radius, generator=seeded()).theta for radius in (3.0, 30.0))
+    easy, hard = (game.classes.draw(15, radius=radius, generator=seeded()).theta for radius in (3.0, 30.0))
     both = torch.cat([easy, hard])
     first, second = game.solve(easy), game.solve(both)
     assert first.value <= second.value
@@ -317,30 +319,32 @@ def test_values_rise_with_the_class_and_the_joint_gap_is_the_least():
 @pytest.mark.parametrize("radius", [5.0, 20.0])
 def test_instances_come_back_into_their_class_and_those_inside_stay(hypotheses, radius):
     game = QueryGame(hypotheses, budget=2)
-    best = game.feasible(radius).repeat(40)[:200]
-    theta = game.retract(3 * drawn(len(best), 4, seed=1), best, radius=radius)
+    best = game.classes.feasible(radius).repeat(40)[:200]
+    theta = game.classes.retract(3 * drawn(len(best), 4, seed=1), best, radius=radius)
     assert theta.abs().max() <= 1
     assert torch.equal((theta @ hypotheses.T).argmax(-1), best)
     assert complexity(theta, hypotheses).value.max() <= radius * (1 + 1e-9)
-    inside = game.retract(0.5 * theta + 0.5 * game.retract(theta, best, radius=radius), best, radius=radius)
+    inside = game.classes.retract(
+        0.5 * theta + 0.5 * game.classes.retract(theta, best, radius=radius), best, radius=radius
+    )
     assert torch.allclose(inside, theta, atol=1e-4)
 
 
 def test_a_class_too_easy_for_the_box_is_empty():
     game = QueryGame(thresholds(4), budget=2)
-    assert game.feasible(1.6).tolist() == []
-    assert game.feasible(1.7).tolist() == [0, 4]
+    assert game.classes.feasible(1.6).tolist() == []
+    assert game.classes.feasible(1.7).tolist() == [0, 4]
     with pytest.raises(ValueError, match="radius must be larger"):
-        game.draw_instances(3, radius=1.6)
+        game.classes.draw(3, radius=1.6)
     with pytest.raises(ValueError, match=r"radius must be at least 2\.667"):
-        game.retract(drawn(1, 4), torch.tensor([2]), radius=2.0)
+        game.classes.retract(drawn(1, 4), torch.tensor([2]), radius=2.0)
 
 
 def test_the_worst_instances_are_in_the_class_and_worse_than_those_drawn():
     game = QueryGame(thresholds(3), budget=4)
     table = game.table(uniform_allocation)
     found, losses = game.worst_instances(table, radius=4.0, restarts=32, num_steps=30, generator=seeded())
-    start = game.draw_instances(32, radius=4.0, generator=seeded())
+    start = game.classes.draw(32, radius=4.0, generator=seeded())
     assert (losses >= game.loss(table, start.theta)).all()
     assert torch.allclose(game.loss(table, found.theta), losses, atol=1e-12)
     assert losses.max() > game.loss(table, start.theta).max() + 1e-3
@@ -383,7 +387,9 @@ def test_training_takes_the_values_of_classes_off():
 def test_search_halves_and_is_uncertainty_sampling():
     hypotheses = thresholds(7)
     positives, negatives = drawn(20, 7).abs().mul(3).round(), drawn(20, 7, seed=1).abs().mul(3).round()
-    found = generalized_binary_search(positives, negatives, hypotheses=hypotheses, sharpness=0.7)
+    found = generalized_binary_search(
+        positives + negatives, positives - negatives, hypotheses=hypotheses, sharpness=0.7
+    )
     for row in range(20):
         wrong = 1 / (1 + math.exp(1.4))
         likelihood = torch.ones(8, dtype=torch.float64)
@@ -442,9 +448,10 @@ def test_a_learner_can_be_taken_up_again():
         (lambda: QueryGame(thresholds(10), budget=20), "states"),
         (lambda: QueryGame(thresholds(2), budget=0), "budget must be at least 1"),
         (lambda: QueryGame(thresholds(2), budget=1, loss="hinge"), "loss must be one of"),
-        (lambda: SMALL.loss(torch.ones_like(SMALL.positives), drawn(1, 2)), "add up to 1"),
+        (lambda: SMALL.loss(torch.ones_like(SMALL.counts), drawn(1, 2)), "add up to 1"),
         (lambda: SMALL.loss(drawn_table(SMALL), 2 + drawn(1, 2)), r"\[-1, 1\]"),
-        (lambda: TabularPolicy(drawn_table(SMALL))(torch.full((1, 2), 2.0), torch.ones(1, 2)), "table ends"),
+        (lambda: TabularPolicy(drawn_table(SMALL))(torch.full((1, 2), 3.0), torch.ones(1, 2)), "table ends"),
+        (lambda: TabularPolicy(drawn_table(SMALL))(torch.ones(1, 2), torch.zeros(1, 2)), "sums must be"),
         (lambda: ActiveLearner(thresholds(2), policy=uniform_allocation, budget=1).tell(0), "1 or -1"),
     ],
 )

@@ -16,15 +16,25 @@ from .classification_bandit import BanditRun, ClassificationBandit, play_bandit
 from .confidence_bandits import LinUCB, NeuralTS, NeuralUCB
 from .disjoint_linear import DisjointLinear
 from .epsilon_greedy import EpsilonGreedy
-from .learning_to_actively_learn import RobustTraining, train_robust_policy
+from .instance_classes import InstanceClasses, Instances
+from .learning_to_actively_learn import RobustTraining, train_robust_policy, train_sampled_policy
 from .linear_mdp import LinearMDP
 from .neural_contextual_bandits import NeuralCB, inverse_gap_weights
 from .online_regression import OnlineRegressor, online_regression_loss
 from .perturbed_output import PerturbedOutput
 from .policy_cover import CoverExplorer, PolicyCover
 from .problem_complexity import ComplexitySolution, complexity
-from .query_game import GameSolution, Instances, QueryGame
-from .query_policies import QueryNetwork, TabularPolicy, generalized_binary_search, thresholds, uniform_allocation
+from .query_game import GameSolution, QueryGame
+from .query_policies import (
+    QueryNetwork,
+    QueryScorer,
+    TabularPolicy,
+    gap_search,
+    generalized_binary_search,
+    thresholds,
+    uniform_allocation,
+)
+from .sampled_game import PlayedGames, SampledQueryGame
 from .simulator_free_learner import SimulatorFreeLearner, exploration_weights, linear_q_weights
 
 __all__ = [
@@ -40,6 +50,7 @@ __all__ = [
     "DisjointLinear",
     "EpsilonGreedy",
     "GameSolution",
+    "InstanceClasses",
     "Instances",
     "LinUCB",
     "LinearMDP",
@@ -48,15 +59,19 @@ __all__ = [
     "NeuralUCB",
     "OnlineRegressor",
     "PerturbedOutput",
+    "PlayedGames",
     "PolicyCover",
     "QueryGame",
     "QueryNetwork",
+    "QueryScorer",
     "RobustTraining",
+    "SampledQueryGame",
     "SimulatorFreeLearner",
     "TabularPolicy",
     "complexity",
     "exploration_bonus",
     "exploration_weights",
+    "gap_search",
     "generalized_binary_search",
     "inverse_covariance",
     "inverse_gap_weights",
@@ -69,5 +84,6 @@ __all__ = [
     "play_bandit",
     "thresholds",
     "train_robust_policy",
+    "train_sampled_policy",
     "uniform_allocation",
 ]

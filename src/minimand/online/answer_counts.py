@@ -1,4 +1,4 @@
-"""The states of a game of queries: how often each query was answered by plus one and by minus one.
+"""The states of a game of queries: how often each query was made, and the sum of its answers.
 
 Source: Zhang, Jain and Jamieson 2020, arXiv 2010.15382.
 """
@@ -7,23 +7,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .. import checks
 
-# Counts of answers, positive and negative, ``(states, queries)``, to probabilities of the queries.
+# Counts of answers and their sums, both ``(states, queries)``, to probabilities of the queries.
 Policy = Callable[[Tensor, Tensor], Tensor]
+
+Noise = Literal["bernoulli", "gaussian"]
 
 TIE = 1e-9
 
 
-def guess(positives: Tensor, negatives: Tensor, hypotheses: Tensor) -> Tensor:
-    """Return the probability of each guess: the hypotheses of largest product with the average answers, evenly."""
-    estimate = (positives - negatives) / (positives + negatives).clamp_min(1)
-    values = estimate.double() @ hypotheses.double().mT
+def guess(counts: Tensor, sums: Tensor, hypotheses: Tensor, queries: Tensor | None = None) -> Tensor:
+    """Return the probability of each guess: the hypotheses of largest product with the estimated instance, evenly."""
+    values = estimate(counts.double(), sums.double(), queries) @ hypotheses.double().mT
     return even(values >= values.amax(-1, keepdim=True) - TIE, values)
+
+
+def estimate(counts: Tensor, sums: Tensor, queries: Tensor | None = None) -> Tensor:
+    """Return the shortest instance that fits the answers in least squares: their averages for unit queries."""
+    if queries is None:
+        return sums / counts.clamp_min(1)
+    rows = queries.to(counts)
+    information = (rows.mT * counts[:, None, :]) @ rows
+    return (torch.linalg.pinv(information, hermitian=True) @ (sums @ rows)[..., None]).squeeze(-1)
 
 
 def even(chosen: Tensor, like: Tensor) -> Tensor:
@@ -71,14 +82,13 @@ def check_probabilities(probabilities: Tensor, name: str, shape: Sequence[int]) 
     )
 
 
-def check_counts(positives: Tensor, negatives: Tensor) -> None:
-    """Raise unless the counts are finite, not negative, and of one shape ``(states, queries)``."""
-    for name, counts in (("positives", positives), ("negatives", negatives)):
-        checks.floating(counts, name)
-        checks.finite(counts, name)
-    if positives.shape != negatives.shape or positives.dim() != 2 or not positives.numel():
+def check_answers(counts: Tensor, sums: Tensor) -> None:
+    """Raise unless counts and sums are finite and of one shape ``(states, queries)``, and counts not negative."""
+    for name, value in (("counts", counts), ("sums", sums)):
+        checks.floating(value, name)
+        checks.finite(value, name)
+    if counts.shape != sums.shape or counts.dim() != 2 or not counts.numel():
         raise ValueError(
-            f"positives and negatives must have one shape (states, queries), got {tuple(positives.shape)} and "
-            f"{tuple(negatives.shape)}"
+            f"counts and sums must have one shape (states, queries), got {tuple(counts.shape)} and {tuple(sums.shape)}"
         )
-    checks.require((positives >= 0) & (negatives >= 0), lambda: "positives and negatives must be at least 0")
+    checks.require(counts >= 0, lambda: "counts must be at least 0")

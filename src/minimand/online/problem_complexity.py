@@ -260,13 +260,9 @@ def _check(theta: Tensor, hypotheses: Tensor, queries: Tensor | None) -> None:
     checks.finite(theta, "theta")
     check_hypotheses(hypotheses)
     dim = theta.shape[-1] if theta.dim() else 0
-    for name, value in (("hypotheses", hypotheses), ("queries", queries)):
-        if value is None:
-            continue
-        checks.floating(value, name)
-        checks.finite(value, name)
-        if value.dim() != 2 or value.shape[1] != dim or not len(value):
-            raise ValueError(f"{name} must have shape (rows, {dim}) to go with theta, got {tuple(value.shape)}")
+    if hypotheses.shape[1] != dim:
+        raise ValueError(f"hypotheses must have shape (rows, {dim}) to go with theta, got {tuple(hypotheses.shape)}")
+    check_queries(queries, dim)
 
 
 def check_hypotheses(hypotheses: Tensor) -> None:
@@ -277,3 +273,13 @@ def check_hypotheses(hypotheses: Tensor) -> None:
     checks.finite(hypotheses, "hypotheses")
     if len(torch.unique(hypotheses, dim=0)) < len(hypotheses):
         raise ValueError("hypotheses must all be different, got one twice")
+
+
+def check_queries(queries: Tensor | None, dim: int) -> None:
+    """Raise unless ``queries`` is None or a finite matrix of rows of length ``dim``."""
+    if queries is None:
+        return
+    checks.floating(queries, "queries")
+    if queries.dim() != 2 or queries.shape[1] != dim or not len(queries):
+        raise ValueError(f"queries must have shape (queries, {dim}), got {tuple(queries.shape)}")
+    checks.finite(queries, "queries")

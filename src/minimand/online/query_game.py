@@ -13,16 +13,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
 from .. import checks
 from ..stopping import Budget, Stop
 from .answer_counts import TIE, Policy, check_budget, check_probabilities, guess, rank
-from .problem_complexity import check_hypotheses, complexity
+from .instance_classes import InstanceClasses, Instances
+from .problem_complexity import check_hypotheses
 
-_INSIDE = 1e-4
+_REFRESH = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,27 +49,11 @@ class GameSolution:
     status: Stop
 
 
-@dataclasses.dataclass(frozen=True)
-class Instances:
-    """Instances of a class.
-
-    Args:
-        theta: Mean answers, ``(instances, queries)``.
-        best: The best hypothesis of each, ``(instances,)``.
-    """
-
-    theta: Tensor
-    best: Tensor
-
-    def __len__(self) -> int:
-        return len(self.best)
-
-
 class QueryGame:
     r"""The game of identifying a hypothesis by a budget of noisy answers of plus and minus one, in a table.
 
-    A policy is a callable ``(positives, negatives) -> probabilities`` of the queries, all of shape ``(states,
-    queries)``, or what it gives in every state where a query is still to be made: its :meth:`table`.
+    A policy is a callable ``(counts, sums) -> probabilities`` of the queries, all of shape ``(states, queries)``, or
+    what it gives in every state where a query is still to be made: its :meth:`table`.
 
     Args:
         hypotheses: Rows z, all different, with at most two values a column: labels in plus and minus one for binary
@@ -78,8 +63,9 @@ class QueryGame:
         max_states: More states than this are refused, before anything is allocated.
 
     Attributes:
-        positives: Answers of plus one to each query, in every state where one is to be made, ``(states, queries)``.
-        negatives: The same of minus one.
+        classes: The :class:`InstanceClasses` of the game.
+        counts: Answers to each query, in every state where one is to be made, ``(states, queries)``.
+        sums: Their sums.
 
     Raises:
         ValueError: If a hypothesis comes twice, a column has more than two values, or there are too many states.
@@ -87,7 +73,7 @@ class QueryGame:
     Example:
         >>> from minimand.online import thresholds
         >>> game = QueryGame(thresholds(2), budget=3)  # where do labels turn: before, between or behind two points?
-        >>> instances = game.draw_instances(10, radius=5.0, generator=torch.Generator().manual_seed(0))
+        >>> instances = game.classes.draw(10, radius=5.0, generator=torch.Generator().manual_seed(0))
         >>> solution = game.solve(instances.theta)
         >>> abs(game.loss(solution.table, instances.theta).max().item() - solution.value) < 1e-6
         True
@@ -116,22 +102,20 @@ class QueryGame:
         if states > max_states:
             raise ValueError(f"the game must have at most max_states = {max_states} states, got {states}")
         self.hypotheses = values
-        # Where all hypotheses agree an answer tells nothing, whatever the sign.
-        self._noiseless = torch.where(values == high, 1.0, -1.0).to(values)
-        self._easiest = self._inverse_root(self._noiseless)
+        self.classes = InstanceClasses(values)
         self._grow()
 
     def table(self, policy: Policy) -> Float[Tensor, "states queries"]:
         """Return what a policy does in every state; gradients flow to its parameters.
 
         Args:
-            policy: ``(positives, negatives) -> probabilities``.
+            policy: ``(counts, sums) -> probabilities``.
 
         Raises:
             ValueError: If it does not return probabilities of the queries.
         """
-        probabilities = policy(self.positives, self.negatives)
-        check_probabilities(probabilities, "what the policy returns", self.positives.shape)
+        probabilities = policy(self.counts, self.sums)
+        check_probabilities(probabilities, "what the policy returns", self.counts.shape)
         return probabilities
 
     def loss(
@@ -234,72 +218,6 @@ class QueryGame:
             upper = float((torch.stack(columns, 1) @ mixture).max())
             iteration += 1
 
-    def feasible(self, radius: float) -> Int[Tensor, " some"]:
-        r"""Return the hypotheses that are best for some instance of :math:`\Theta_r` in the box [-1, 1].
-
-        Args:
-            radius: r, above 0.
-        """
-        checks.positive(radius, "radius")
-        return (self._easiest >= radius**-0.5).nonzero()[:, 0]
-
-    def retract(
-        self, theta: Float[Tensor, "instances queries"], best: Int[Tensor, " instances"], *, radius: float
-    ) -> Float[Tensor, "instances queries"]:
-        r"""Bring instances into the part of :math:`\Theta_r` in the box [-1, 1] where given hypotheses are best.
-
-        Each goes back towards the noiseless instance of its hypothesis, no further than concavity of
-        :math:`C^{-1/2}` asks for; instances that are inside already stay.
-
-        Args:
-            theta: Any point; clipped to the box first.
-            best: The hypothesis of each.
-            radius: r, above 0.
-
-        Raises:
-            ValueError: If a hypothesis is best for no instance of the class.
-        """
-        checks.floating(theta, "theta")
-        checks.finite(theta, "theta")
-        checks.positive(radius, "radius")
-        least = radius**-0.5
-        home, easiest = self._noiseless[best], self._easiest[best]
-        checks.require(
-            easiest >= least,
-            lambda: f"radius must be at least {float(easiest.min() ** -2):.4g} for these hypotheses, got {radius}",
-        )
-        point = theta.detach().to(home).clamp(-1, 1)
-        # First into the cone where the hypothesis is best: gaps are linear along the line.
-        goal, gaps = self._gaps(home, best), self._gaps(point, best)
-        wanted = 1e-3 * goal
-        share = torch.where(gaps < wanted, (goal - wanted) / (goal - gaps).clamp_min(1e-300), 1.0).amin(-1)
-        point = torch.lerp(home, point, share[:, None].clamp(0, 1))
-        reached = self._inverse_root(point)
-        share = torch.where(reached < least, (easiest - least) / (easiest - reached).clamp_min(1e-300), 1.0)
-        return torch.lerp(home, point, share[:, None].clamp(0, 1)).to(theta)
-
-    def draw_instances(self, count: int, *, radius: float, generator: torch.Generator | None = None) -> Instances:
-        r"""Draw instances of :math:`\Theta_r`: a feasible hypothesis, and a point of the box brought into its part.
-
-        Args:
-            count: How many, at least 1.
-            radius: r; too small a one has no instance.
-            generator: Draws them; torch's default if None.
-
-        Raises:
-            ValueError: If the class is empty.
-        """
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
-        some = self.feasible(radius)
-        if not len(some):
-            raise ValueError(f"radius must be larger: no instance in the box has a complexity of at most {radius}")
-        device = self.hypotheses.device if generator is None else generator.device
-        drawn = torch.rand(count, self.num_queries + 1, dtype=torch.float64, generator=generator, device=device)
-        drawn = drawn.to(self.hypotheses)
-        best = some[(drawn[:, 0] * len(some)).long().clamp_max(len(some) - 1)]
-        return Instances(self.retract(2 * drawn[:, 1:] - 1, best, radius=radius), best)
-
     def worst_instances(
         self,
         table: Float[Tensor, "states queries"],
@@ -326,13 +244,16 @@ class QueryGame:
             The best point on the way of each, and its loss.
         """
         self._check_table(table)
-        found = self.draw_instances(restarts, radius=radius, generator=generator)
+        found = self.classes.draw(restarts, radius=radius, generator=generator)
         reach = self._reach(table.detach())[-1]
         theta, highest = found.theta, self._losses(found.theta) @ reach
         point = theta
         for step in range(num_steps):
+            if step % _REFRESH == 0:
+                widths = self.classes.widths(point, found.best)
             length = lr * 0.1 ** (step / max(num_steps - 1, 1))
-            point = self.retract(point + length * self._uphill(point, reach), found.best, radius=radius)
+            moved = point + length * self._uphill(point, reach)
+            point = self.classes.retract(moved, found.best, radius=radius, widths=widths)
             value = self._losses(point) @ reach
             theta = torch.where((value > highest)[:, None], point, theta)
             highest = torch.maximum(value, highest)
@@ -352,11 +273,13 @@ class QueryGame:
             following[places.flatten()] = children.flatten(0, 1)
             self._children.append(places.view(-1, 2, self.num_queries))
             self._levels.append(following)
-        counts = torch.cat(self._levels[:-1]).to(self.hypotheses)
-        self.positives, self.negatives = counts[:, : self.num_queries], counts[:, self.num_queries :]
+        self.counts, self.sums = self._answers(torch.cat(self._levels[:-1]))
         self._sizes = [len(level) for level in self._levels[:-1]]
-        final = self._levels[-1].to(self.hypotheses)
-        self._guesses = guess(final[:, : self.num_queries], final[:, self.num_queries :], self.hypotheses)
+        self._guesses = guess(*self._answers(self._levels[-1]), self.hypotheses)
+
+    def _answers(self, level: Tensor) -> tuple[Tensor, Tensor]:
+        positives, negatives = level.to(self.hypotheses).split(self.num_queries, -1)
+        return positives + negatives, positives - negatives
 
     def _reach(self, table: Tensor) -> list[Tensor]:
         """Return w for the states of every level."""
@@ -388,7 +311,7 @@ class QueryGame:
 
     def _mix(self, queries: list[Tensor], mixture: Tensor) -> Tensor:
         """Return the policy that plays like a mixture drawn at the start: policies weigh as often as they come by."""
-        total = torch.zeros_like(self.positives)
+        total = torch.zeros_like(self.counts)
         for share, each in zip(mixture.tolist(), queries, strict=True):
             if share > 0:
                 table = self._indicators(each)
@@ -403,17 +326,8 @@ class QueryGame:
             (slope,) = torch.autograd.grad((self._losses(point) @ reach).sum(), point)
         return slope / torch.linalg.vector_norm(slope, dim=-1, keepdim=True).clamp_min(1e-12)
 
-    def _gaps(self, theta: Tensor, best: Tensor) -> Tensor:
-        return ((self.hypotheses[best][:, None] - self.hypotheses) @ theta[..., None]).squeeze(-1)
-
-    def _inverse_root(self, theta: Tensor) -> Tensor:
-        """Return a tight lower bound on C^(-1/2)."""
-        if len(self.hypotheses) == 1:
-            return torch.full_like(theta[:, 0], torch.inf)
-        return complexity(theta, self.hypotheses, tolerance=_INSIDE).value.rsqrt()
-
     def _check_table(self, table: Tensor) -> None:
-        check_probabilities(table, "table", self.positives.shape)
+        check_probabilities(table, "table", self.counts.shape)
 
     def _check_theta(self, theta: Tensor) -> None:
         checks.floating(theta, "theta")
