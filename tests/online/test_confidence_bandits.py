@@ -112,6 +112,10 @@ def test_gradients_are_those_of_each_output_alone():
         alone = output_gradients(network, contexts[row, None])
         assert torch.allclose(alone[1][0], gradients[row], atol=1e-14)
         assert torch.allclose(alone[0][0], outputs[row], atol=1e-14)
+        chosen = output_gradients(network, contexts[row, None], torch.tensor([row % 3]))
+        assert torch.allclose(chosen[1][0, 0], gradients[row, row % 3], atol=1e-14)
+    chosen = output_gradients(network, contexts, torch.arange(4) % 3)
+    assert torch.allclose(chosen[1][:, 0], gradients[torch.arange(4), torch.arange(4) % 3], atol=1e-14)
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])

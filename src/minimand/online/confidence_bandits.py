@@ -412,13 +412,14 @@ def inverse_with_rows(
 
 @torch.enable_grad()
 def output_gradients(
-    network: nn.Module, contexts: Tensor
-) -> tuple[Float[Tensor, "batch actions"], Float[Tensor, "batch actions weights"]]:
-    """Return the outputs of a network, and the gradient of each with respect to its parameters that need one.
+    network: nn.Module, contexts: Tensor, action: Int[Tensor, " batch"] | None = None
+) -> tuple[Float[Tensor, "batch actions"], Float[Tensor, "batch chosen weights"]]:
+    """Return the outputs of a network, and the gradients of them with respect to its parameters that need one.
 
     Args:
         network: Maps contexts ``(batch, *)`` to ``(batch, actions)`` or ``(batch, actions, 1)``.
         contexts: Contexts.
+        action: Of which action's output the gradient is asked for, in each context; None for those of all.
 
     Raises:
         ValueError: If the output has another shape or is not finite.
@@ -427,16 +428,18 @@ def output_gradients(
     if len(contexts) == 1:
         # The usual round. Backward from all actions at once costs a third of what torch.func takes to dispatch.
         outputs = action_outputs(network(contexts)[None], batch=1)[0]
-        actions = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
-        parts = torch.autograd.grad(outputs[0], list(learnt.values()), actions, is_grads_batched=True)
+        directions = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
+        directions = directions if action is None else directions[action]
+        parts = torch.autograd.grad(outputs[0], list(learnt.values()), directions, is_grads_batched=True)
         return outputs.detach(), torch.cat([part.flatten(1) for part in parts], -1)[None]
 
-    def of_one(parameters: dict[str, Tensor], context: Tensor) -> tuple[Tensor, Tensor]:
+    def of_one(parameters: dict[str, Tensor], context: Tensor, action: Tensor | None) -> tuple[Tensor, Tensor]:
         outputs = action_outputs(functional_call(network, parameters, (context[None],))[None], batch=1)[0, 0]
-        return outputs, outputs
+        return outputs if action is None else outputs.gather(0, action[None]), outputs
 
     parameters = {name: parameter.detach() for name, parameter in learnt.items()}
-    jacobians, outputs = vmap(jacrev(of_one, has_aux=True), in_dims=(None, 0))(parameters, contexts)
+    over = (None, 0, None if action is None else 0)
+    jacobians, outputs = vmap(jacrev(of_one, has_aux=True), in_dims=over)(parameters, contexts, action)
     # Values cannot be read inside of vmap.
     checks.finite(outputs, "the network's output")
     return outputs, torch.cat([jacobians[name].flatten(2) for name in learnt], -1)
@@ -470,8 +473,10 @@ def _sure(action: Tensor, like: Tensor) -> Decision:
 def _add_and_learn(
     regressor: OnlineRegressor, uncertainty: GradientCovariance, contexts: Tensor, action: Tensor, loss: Tensor
 ) -> Tensor:
-    outputs, gradients = output_gradients(regressor.network, contexts)
-    check_feedback(action, loss, batch=len(contexts), num_actions=outputs.shape[1])
+    with torch.no_grad():
+        predicted = regressor(contexts)
+    check_feedback(action, loss, batch=len(predicted), num_actions=predicted.shape[1])
     # At the weights that the action was taken with: the step comes after.
-    uncertainty.update(gradients[torch.arange(len(action), device=action.device), action])
+    _, gradients = output_gradients(regressor.network, contexts, action.long())
+    uncertainty.update(gradients[:, 0])
     return regressor.update(contexts, action, loss)
