@@ -140,6 +140,18 @@ FUNCTIONS = {
     "non_dominated": lambda x: policies.non_dominated(ROWS + x),
     "sparsity": lambda x: policies.sparsity(ROWS + x),
     "weight_grid": lambda x: policies.weight_grid(3, divisions=int(2 + x)),
+    "quantile_huber_loss": lambda x: policies.quantile_huber_loss(ROWS + x, ROWS.flip(0)),
+    "train_stock_agent": lambda x: policies.train_stock_agent(
+        policies.StockAgent(policies.StockQuantileNetwork(2, 2), policies.ExpectedUtility.mean(), discount=1.0),
+        policies.MDPEnvironment(
+            policies.StockMDP(torch.ones(1, 2, 1), torch.tensor([1.0, -1.0 + x]).view(1, 2, 1), discount=1.0),
+            0,
+            horizon=2,
+        ),
+        first_stock=(0.0, 1.0),
+        num_steps=8,
+        learning_starts=0,
+    ),
     "stock_update": lambda x: policies.stock_update(vector(x), vector(0.0), discount=0.9),
     "wealth_after_trade": lambda x: policies.wealth_after_trade(EVEN, EVEN.flip(0) + x),
     "exploration_bonus": lambda x: online.exploration_bonus(

@@ -201,7 +201,19 @@ def price_reader(part, dtype):
     return actions.square().mean() + values.square().mean(), image
 
 
+def stocked(part, dtype):
+    observation = scores(dtype).requires_grad_()
+    return part(observation, scores(dtype, (6,))).square().mean(), observation
+
+
 MODULES = {
+    "StockQuantileNetwork": (lambda: policies.StockQuantileNetwork(3, 2, hidden=(4,)), stocked),
+    "StockAgent": (
+        lambda: policies.StockAgent(
+            policies.StockQuantileNetwork(3, 2, hidden=(4,)), policies.ExpectedUtility.target(), discount=0.9
+        ),
+        stocked,
+    ),
     "PortfolioPolicy": (lambda: policies.PortfolioPolicy(3, window=5, width=2, hidden=4), price_reader),
     "QueryNetwork": (lambda: online.QueryNetwork(3, budget=5, hidden=(8,)), questioned),
     "QueryScorer": (lambda: online.QueryScorer(online.thresholds(3), budget=5, hidden=(8,)), questioned),

@@ -3,10 +3,12 @@
 from .backtest import Backtest, walk_forward
 from .curvature import ConjugateGradients, conjugate_gradients, fisher_product
 from .expected_utility import ExpectedUtility
+from .mdp_environment import MDPEnvironment
 from .pareto_archive import ArchivedPolicy, ParetoArchive
 from .pareto_front import crowding_distance, expected_utility, hypervolume, non_dominated, sparsity, weight_grid
 from .portfolio import PortfolioPolicy, PortfolioTraining, train_portfolio
 from .price_history import PriceHistory, read_prices
+from .quantile_regression import quantile_huber_loss
 from .return_law import ReturnLaw
 from .sharpe import (
     AverageSharpeReward,
@@ -20,12 +22,15 @@ from .sharpe import (
 )
 from .static_portfolios import RiskParity, maximum_sharpe, minimum_variance, risk_parity, shrunk_moments
 from .stock import edit_stock, stock_update
+from .stock_agent import StockAgent, StockChoice, StockQuantileNetwork, StockTransitions
 from .stock_augmented_distributional_dp import (
     FirstStock,
     StockLayer,
     StockMDP,
     StockSolution,
 )
+from .stock_replay import StockReplay
+from .stock_training import EpisodicEnvironment, StockTraining, train_stock_agent
 from .trading import (
     Observation,
     Step,
@@ -43,9 +48,11 @@ __all__ = [
     "AverageSharpeReward",
     "Backtest",
     "ConjugateGradients",
+    "EpisodicEnvironment",
     "ExpectedUtility",
     "FirstStock",
     "LineSearch",
+    "MDPEnvironment",
     "Observation",
     "ParetoArchive",
     "PortfolioPolicy",
@@ -55,9 +62,15 @@ __all__ = [
     "RiskParity",
     "SharpeLoss",
     "Step",
+    "StockAgent",
+    "StockChoice",
     "StockLayer",
     "StockMDP",
+    "StockQuantileNetwork",
+    "StockReplay",
     "StockSolution",
+    "StockTraining",
+    "StockTransitions",
     "TradingEnvironment",
     "Transitions",
     "TrustRegionStep",
@@ -78,6 +91,7 @@ __all__ = [
     "portfolio_log_returns",
     "prefix_sharpe_ratios",
     "price_image",
+    "quantile_huber_loss",
     "read_prices",
     "read_transitions",
     "risk_parity",
@@ -87,6 +101,7 @@ __all__ = [
     "sparsity",
     "stock_update",
     "train_portfolio",
+    "train_stock_agent",
     "trust_region_step",
     "walk_forward",
     "wealth_after_trade",

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -309,6 +310,47 @@ class StockMDP:
             laws, _ = _evaluate(tree, utility, actions)
         bound = tail if status is Stop.CONVERGED else math.inf
         return _solution(tree, utility, laws, actions, bound, improvements, status)
+
+    def evaluate(
+        self,
+        policy: Callable[[int, Tensor, Tensor], Tensor],
+        utility: ExpectedUtility,
+        state: Int[Tensor, " starts"],
+        stock: Float[Tensor, "starts *rewards"],
+        *,
+        horizon: int | None = None,
+        tolerance: float = 1e-6,
+    ) -> StockSolution:
+        """Compute the exact laws of the return under a policy, such as a trained agent.
+
+        Args:
+            policy: ``(step, states, stocks) -> actions`` for ``(nodes,)`` states at that step, with their stocks.
+            utility: What is reported as the value.
+            state: First states.
+            stock: First stocks.
+            horizon: As in :meth:`value_iteration`.
+            tolerance: As in :meth:`value_iteration`.
+
+        Returns:
+            Values, laws and the policy as layers; how far it is from the optimum is not known.
+
+        Raises:
+            ValueError: If the policy's actions are none, or the objective is refused as in :meth:`value_iteration`.
+        """
+        tree, _ = self._unroll(utility, state, stock, horizon, tolerance)
+        actions = []
+        for step, layer in enumerate(tree.layers):
+            action = torch.zeros_like(layer.state)
+            if not bool(layer.stopped.all()):
+                action = policy(step, layer.state, tree.shown(layer.stock)).to(layer.state)
+            if action.shape != layer.state.shape or not bool(((action >= 0) & (action < tree.num_actions)).all()):
+                raise ValueError(
+                    f"policy must return an action in [0, {tree.num_actions - 1}] for each of {len(layer.state)} "
+                    f"states at step {step}, got shape {tuple(action.shape)}"
+                )
+            actions.append(action)
+        laws, _ = _evaluate(tree, utility, actions)
+        return _solution(tree, utility, laws, actions, math.inf, 1, Stop.CONVERGED)
 
     def best_cvar(
         self,
