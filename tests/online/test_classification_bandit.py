@@ -9,6 +9,10 @@ from torch import nn
 from minimand.online import ClassificationBandit, NeuralCB, play_bandit
 
 
+def from_targets(values):
+    return ClassificationBandit.from_table(pl.DataFrame({"a": [1.0, 2.0], "b": values}), target="b")
+
+
 class Scripted:
     """An agent that takes the actions it was given, and writes down what it is told."""
 
@@ -62,6 +66,11 @@ def test_a_csv_of_mixed_columns_becomes_unit_contexts_and_classes_in_order(tmp_p
     assert torch.allclose(bandit.features.norm(dim=1), torch.ones(4))
 
 
+@pytest.mark.parametrize("values", [[3.0, 1.0], [True, False], [7, -2], ["no", "aye"]])
+def test_classes_of_any_kind_are_numbered_in_their_order(values):
+    assert from_targets(values).labels.tolist() == [1, 0]
+
+
 def test_an_agent_learns_the_digits_from_the_losses_of_its_actions_alone():
     images, labels = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
     bandit = ClassificationBandit(nn.functional.normalize(images.float()), labels)
@@ -83,6 +92,10 @@ def test_an_agent_learns_the_digits_from_the_losses_of_its_actions_alone():
         (lambda: ClassificationBandit(FEATURES, LABELS).rows(3, order="worst"), "order must be one of"),
         (lambda: ClassificationBandit.from_table(pl.DataFrame({"a": [1]}), target="b"), "target must be one of"),
         (lambda: ClassificationBandit.from_table(pl.DataFrame({"a": [1], "b": [None]}), target="b"), "every row"),
+        (lambda: ClassificationBandit.from_table(pl.DataFrame({"b": [1, 2]}), target="b"), "nothing to decide by"),
+        (lambda: from_targets([0.5, 1.0]), "must hold classes"),
+        (lambda: from_targets([float("nan"), 1.0]), "must hold classes"),
+        (lambda: from_targets(["x", "x"]), "at least 2 classes"),
         (lambda: play_bandit(Scripted([7]), ClassificationBandit(FEATURES, LABELS), num_rounds=1), "agent must take"),
     ],
 )

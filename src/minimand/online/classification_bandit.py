@@ -83,14 +83,16 @@ class ClassificationBandit:
         """Make a bandit of any table, such as ``polars.read_csv`` gives.
 
         Columns are encoded as numbers of mean 0 and variance 1 over all rows, and rows scaled to unit norm, as the
-        paper's contexts are. Classes are numbered in sorted order.
+        paper's contexts are. Classes are numbered in sorted order. :func:`minimand.bench.readers.read_table` reads
+        other files than CSV too, and says what is wrong with a broken one.
 
         Args:
             table: A polars or pandas data frame.
-            target: The column of the classes.
+            target: The column of the classes: text, whole numbers, booleans or categories.
 
         Raises:
-            ValueError: If there is no such column, a class is missing, or there are less than two.
+            ValueError: If there is no such column or no other, a class is missing, there are less than two, or the
+                column holds fractions, which are amounts and no classes.
         """
         frame = as_frame(table)
         if target not in frame.columns:
@@ -98,6 +100,10 @@ class ClassificationBandit:
         column = frame[target]
         if column.null_count():
             raise ValueError(f"target {target!r} must have a class in every row, got {column.null_count()} without")
+        if frame.width < 2:
+            raise ValueError(f"table must have columns besides the target {target!r}: there is nothing to decide by")
+        if column.dtype.is_float() and not (column.is_finite() & (column == column.round())).all():
+            raise ValueError(f"target {target!r} must hold classes, got numbers that are not whole")
         classes = {name: number for number, name in enumerate(column.unique().sort().to_list())}
         labels = torch.tensor([classes[name] for name in column.to_list()])
         features = torch.from_numpy(TableEncoder().fit_transform(frame.drop(target)))
