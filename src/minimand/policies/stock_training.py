@@ -105,7 +105,7 @@ def train_stock_agent(
         >>> environment = MDPEnvironment(mdp, 0, horizon=3)
         >>> training = train_stock_agent(agent, environment, first_stock=(-3.0, 3.0), num_steps=30, learning_starts=20)
         >>> len(training.returns), len(training.losses)
-        (10, 3)
+        (10, 2)
 
     Source:
         Ávila Pires et al. 2025, arXiv 2501.13028; Moghimi 2026, arXiv 2602.04131.
