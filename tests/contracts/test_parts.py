@@ -201,6 +201,24 @@ def price_reader(part, dtype):
     return actions.square().mean() + values.square().mean(), image
 
 
+def offline(part, dtype):
+    ends = torch.tensor([False, False, True, False, False, True])
+    seen, torque = scores(dtype), scores(dtype, (6, 1))
+    log = policies.Transitions(seen, torque, scores(dtype, (6,)), seen + 1, ends, torch.zeros(6, dtype=torch.bool))
+    stream = policies.BatchStream(policies.ScaledLog.of(log), seeds=(0,), batch_size=4, noise_width=part.noise_width)
+    return part.actor_loss(next(stream)).sum(), seen
+
+
+def policy():
+    log = policies.Pendulum().log("mixed", episodes=2)
+    return policies.Policy(nn.Sequential(nn.Linear(3, 1)), policies.ScaledLog.of(log).scaling)
+
+
+def acted(part, dtype):
+    seen = scores(dtype).requires_grad_()
+    return part(seen).sum(), seen
+
+
 def stocked(part, dtype):
     observation = scores(dtype).requires_grad_()
     return part(observation, scores(dtype, (6,))).square().mean(), observation
@@ -214,6 +232,11 @@ MODULES = {
         ),
         stocked,
     ),
+    "BehaviourCloning": (lambda: policies.BehaviourCloning(3, 1, hidden=(4,)), offline),
+    "CQL": (lambda: policies.CQL(3, 1, hidden=(4,), num_actions=2), offline),
+    "IQL": (lambda: policies.IQL(3, 1, hidden=(4,)), offline),
+    "Policy": (policy, acted),
+    "TD3BC": (lambda: policies.TD3BC(3, 1, hidden=(4,)), offline),
     "PortfolioPolicy": (lambda: policies.PortfolioPolicy(3, window=5, width=2, hidden=4), price_reader),
     "QueryNetwork": (lambda: online.QueryNetwork(3, budget=5, hidden=(8,)), questioned),
     "QueryScorer": (lambda: online.QueryScorer(online.thresholds(3), budget=5, hidden=(8,)), questioned),

@@ -1,15 +1,29 @@
 """Learning to act: from logged decisions, under constraints, for several objectives at once."""
 
 from .backtest import Backtest, walk_forward
+from .behaviour_cloning import BehaviourCloning
+from .cql import CQL
 from .curvature import ConjugateGradients, conjugate_gradients, fisher_product
+from .dose_simulator import DoseSimulator
 from .expected_utility import ExpectedUtility
+from .features import history_rows, logged_rows, monomials
+from .gaussian_policy import GaussianPolicy
+from .guarded_rollout import GuardedEpisodes, guarded_rollout
+from .guardians import ChristoffelGuardian, CountGuardian, Guardian, KernelDensityGuardian, coverage_threshold
+from .icu_sepsis import ICUSepsis
+from .iql import IQL
 from .mdp_environment import MDPEnvironment
+from .offline_batches import Batch, BatchStream, ScaledLog
+from .offline_training import OfflineLearner, OfflineTraining, train_offline
+from .ogsrl import OGSRL, OGSRLStep
 from .pareto_archive import ArchivedPolicy, ParetoArchive
 from .pareto_front import crowding_distance, expected_utility, hypervolume, non_dominated, sparsity, weight_grid
+from .pendulum import Pendulum
 from .portfolio import PortfolioPolicy, PortfolioTraining, train_portfolio
 from .price_history import PriceHistory, read_prices
 from .quantile_regression import quantile_huber_loss
 from .return_law import ReturnLaw
+from .saved_policy import Policy, load_policy
 from .sharpe import (
     AverageSharpeReward,
     SharpeLoss,
@@ -31,6 +45,8 @@ from .stock_augmented_distributional_dp import (
 )
 from .stock_replay import StockReplay
 from .stock_training import EpisodicEnvironment, StockTraining, train_stock_agent
+from .tabular_cmdp import CMDPSolution, InfeasibleBudgetsError, PolicyEvaluation, TabularCMDP
+from .td3_bc import TD3BC
 from .trading import (
     Observation,
     Step,
@@ -40,26 +56,54 @@ from .trading import (
     price_image,
     wealth_after_trade,
 )
+from .transition_models import NearestNeighborModel, Predicted, RegressionModel, TransitionModel
 from .transitions import Transitions, read_transitions
 from .trust_region import LineSearch, TrustRegionStep, backtracking, trust_region_step
 
 __all__ = [
+    "CQL",
+    "IQL",
+    "OGSRL",
+    "TD3BC",
     "ArchivedPolicy",
     "AverageSharpeReward",
     "Backtest",
+    "Batch",
+    "BatchStream",
+    "BehaviourCloning",
+    "CMDPSolution",
+    "ChristoffelGuardian",
     "ConjugateGradients",
+    "CountGuardian",
+    "DoseSimulator",
     "EpisodicEnvironment",
     "ExpectedUtility",
     "FirstStock",
+    "GaussianPolicy",
+    "GuardedEpisodes",
+    "Guardian",
+    "ICUSepsis",
+    "InfeasibleBudgetsError",
+    "KernelDensityGuardian",
     "LineSearch",
     "MDPEnvironment",
+    "NearestNeighborModel",
+    "OGSRLStep",
     "Observation",
+    "OfflineLearner",
+    "OfflineTraining",
     "ParetoArchive",
+    "Pendulum",
+    "Policy",
+    "PolicyEvaluation",
     "PortfolioPolicy",
     "PortfolioTraining",
+    "Predicted",
     "PriceHistory",
+    "RegressionModel",
     "ReturnLaw",
     "RiskParity",
+    "ScaledLog",
     "SharpeLoss",
     "Step",
     "StockAgent",
@@ -71,12 +115,15 @@ __all__ = [
     "StockSolution",
     "StockTraining",
     "StockTransitions",
+    "TabularCMDP",
     "TradingEnvironment",
+    "TransitionModel",
     "Transitions",
     "TrustRegionStep",
     "average_sharpe_rewards",
     "backtracking",
     "conjugate_gradients",
+    "coverage_threshold",
     "crowding_distance",
     "differential_sharpe_rewards",
     "drawdowns",
@@ -84,9 +131,14 @@ __all__ = [
     "edit_stock",
     "expected_utility",
     "fisher_product",
+    "guarded_rollout",
+    "history_rows",
     "hypervolume",
+    "load_policy",
+    "logged_rows",
     "maximum_sharpe",
     "minimum_variance",
+    "monomials",
     "non_dominated",
     "portfolio_log_returns",
     "prefix_sharpe_ratios",
@@ -100,6 +152,7 @@ __all__ = [
     "sortino_ratio",
     "sparsity",
     "stock_update",
+    "train_offline",
     "train_portfolio",
     "train_stock_agent",
     "trust_region_step",
