@@ -55,7 +55,8 @@ def tensors_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        flat = tensor.detach().contiguous().reshape(-1)
+        # A tensor of one element may have any stride and still count as contiguous; bytes want a stride of 1.
+        flat = torch.cat([tensor.detach().reshape(-1)])
         raw: Any = flat.view(torch.uint8).cpu().numpy() if flat.numel() else b""
         digest.update(raw)
     return digest.hexdigest()
