@@ -32,6 +32,11 @@ def rounds(number, dims=4, actions=3, seed=0):
     return contexts, torch.rand(number, actions, generator=generator, dtype=torch.float64)
 
 
+def joined(network, contexts, action=None):
+    outputs, gradients = output_gradients(network, contexts, action)
+    return outputs, torch.cat(gradients, -1)
+
+
 def curved(actions=3, dims=4):
     """A network with weights that actions share and weights of their own."""
     torch.manual_seed(0)
@@ -103,18 +108,18 @@ def test_neuralucb_of_a_linear_network_is_linucb(disjoint):
 
 def test_gradients_are_those_of_each_output_alone():
     network, contexts = curved(), rounds(4)[0][:, 0]
-    outputs, gradients = output_gradients(network, contexts)
+    outputs, gradients = joined(network, contexts)
     assert torch.equal(outputs, network(contexts)[..., 0].detach())
     for row in range(4):
         for action in range(3):
             parts = torch.autograd.grad(network(contexts[row, None])[0, action, 0], list(network.parameters()))
             assert torch.allclose(gradients[row, action], torch.cat([part.flatten() for part in parts]), atol=1e-14)
-        alone = output_gradients(network, contexts[row, None])
+        alone = joined(network, contexts[row, None])
         assert torch.allclose(alone[1][0], gradients[row], atol=1e-14)
         assert torch.allclose(alone[0][0], outputs[row], atol=1e-14)
-        chosen = output_gradients(network, contexts[row, None], torch.tensor([row % 3]))
+        chosen = joined(network, contexts[row, None], torch.tensor([row % 3]))
         assert torch.allclose(chosen[1][0, 0], gradients[row, row % 3], atol=1e-14)
-    chosen = output_gradients(network, contexts, torch.arange(4) % 3)
+    chosen = joined(network, contexts, torch.arange(4) % 3)
     assert torch.allclose(chosen[1][:, 0], gradients[torch.arange(4), torch.arange(4) % 3], atol=1e-14)
 
 
@@ -129,14 +134,14 @@ def test_widths_are_those_of_the_covariance_of_the_gradients_added(covariance):
         torch.eye(size).double()[:6] - 0.1,
     )
     matrix = 0.3 * torch.eye(size, dtype=torch.float64)
-    assert torch.allclose(found(asked), asked.norm(dim=1) / math.sqrt(0.3), atol=1e-12)
+    assert torch.allclose(found([asked[None]])[0], asked.norm(dim=1) / math.sqrt(0.3), atol=1e-12)
     for part in added.split([1, 3, 5]):
-        found.update(part)
+        found.update([part[:, None]])
         matrix += part.T @ part
     if covariance == "diagonal":
         matrix = matrix.diagonal().diag()
     expected = (asked @ torch.linalg.inv(matrix) * asked).sum(1).sqrt()
-    assert torch.allclose(found(asked), expected, atol=1e-10)
+    assert torch.allclose(found([asked[None]])[0], expected, atol=1e-10)
 
 
 def test_the_full_covariance_is_the_diagonal_one_where_gradients_share_no_axis():

@@ -369,26 +369,30 @@ class GradientCovariance(nn.Module):
         else:
             self.register_buffer("inverse", torch.diag(torch.full_like(learnt, 1 / regularization)))
 
-    def forward(self, gradients: Float[Tensor, "*batch weights"]) -> Float[Tensor, " *batch"]:
+    def forward(self, gradients: list[Tensor]) -> Float[Tensor, "batch chosen"]:
         r"""Return :math:`\sqrt{g^\top Z^{-1} g}`.
 
         Args:
-            gradients: Vectors g.
+            gradients: Vectors g, as :func:`output_gradients` returns them.
         """
         if self.covariance == "diagonal":
-            return (gradients.square() @ self.diagonal.reciprocal()).sqrt()
-        return ((gradients @ self.inverse) * gradients).sum(-1).clamp_min(0).sqrt()
+            inverses = self.diagonal.reciprocal().split([part.shape[-1] for part in gradients])
+            squares = [part.square() @ inverse for part, inverse in zip(gradients, inverses, strict=True)]
+            return torch.stack(squares).sum(0).sqrt()
+        rows = torch.cat(gradients, -1)
+        return ((rows @ self.inverse) * rows).sum(-1).clamp_min(0).sqrt()
 
-    def update(self, gradients: Float[Tensor, "batch weights"]) -> None:
+    def update(self, gradients: list[Tensor]) -> None:
         """Add gradients to the covariance.
 
         Args:
-            gradients: Vectors g.
+            gradients: Vectors g, as :func:`output_gradients` returns them.
         """
+        rows = torch.cat(gradients, -1).flatten(0, 1)
         if self.covariance == "diagonal":
-            self.diagonal += gradients.square().sum(0)
+            self.diagonal += rows.square().sum(0)
         else:
-            self.inverse.copy_(inverse_with_rows(self.inverse, gradients))
+            self.inverse.copy_(inverse_with_rows(self.inverse, rows))
 
     def extra_repr(self) -> str:
         """Show the setting."""
@@ -413,8 +417,11 @@ def inverse_with_rows(
 @torch.enable_grad()
 def output_gradients(
     network: nn.Module, contexts: Tensor, action: Int[Tensor, " batch"] | None = None
-) -> tuple[Float[Tensor, "batch actions"], Float[Tensor, "batch chosen weights"]]:
+) -> tuple[Float[Tensor, "batch actions"], list[Tensor]]:
     """Return the outputs of a network, and the gradients of them with respect to its parameters that need one.
+
+    Gradients are left in one piece a parameter, flattened, ``(batch, chosen, numel)``: to join them would copy what is
+    often much more than everything else that a decision touches.
 
     Args:
         network: Maps contexts ``(batch, *)`` to ``(batch, actions)`` or ``(batch, actions, 1)``.
@@ -431,7 +438,7 @@ def output_gradients(
         directions = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
         directions = directions if action is None else directions[action]
         parts = torch.autograd.grad(outputs[0], list(learnt.values()), directions, is_grads_batched=True)
-        return outputs.detach(), torch.cat([part.flatten(1) for part in parts], -1)[None]
+        return outputs.detach(), [part.flatten(1)[None] for part in parts]
 
     def of_one(parameters: dict[str, Tensor], context: Tensor, action: Tensor | None) -> tuple[Tensor, Tensor]:
         outputs = action_outputs(functional_call(network, parameters, (context[None],))[None], batch=1)[0, 0]
@@ -442,7 +449,7 @@ def output_gradients(
     jacobians, outputs = vmap(jacrev(of_one, has_aux=True), in_dims=over)(parameters, contexts, action)
     # Values cannot be read inside of vmap.
     checks.finite(outputs, "the network's output")
-    return outputs, torch.cat([jacobians[name].flatten(2) for name in learnt], -1)
+    return outputs, [jacobians[name].flatten(2) for name in learnt]
 
 
 def probability_of_least(
@@ -478,5 +485,5 @@ def _add_and_learn(
     check_feedback(action, loss, batch=len(predicted), num_actions=predicted.shape[1])
     # At the weights that the action was taken with: the step comes after.
     _, gradients = output_gradients(regressor.network, contexts, action.long())
-    uncertainty.update(gradients[:, 0])
+    uncertainty.update(gradients)
     return regressor.update(contexts, action, loss)
