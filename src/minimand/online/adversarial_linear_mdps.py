@@ -136,7 +136,7 @@ def log_barrier_step(
 
 
 def inverse_covariance(
-    features: Float[Tensor, "*batch samples dimensions"],
+    features: Float[Tensor, "... samples dimensions"],
     *,
     regularization: float,
     weights: Float[Tensor, "*batch samples"] | None = None,
@@ -147,7 +147,7 @@ def inverse_covariance(
     of their distribution, with high probability.
 
     Args:
-        features: One row a sample.
+        features: One row a sample; their batch broadcasts with that of the weights.
         regularization: The paper's :math:`\gamma`.
         weights: Of the samples, at least 0, such as a policy's occupancy of all pairs; one over their number if None.
 
@@ -328,7 +328,7 @@ def magnitude_reduced_estimate(
         ),
     )
     check_features(reference, "reference")
-    aligned = (features @ inverse @ reference.mT).clamp_max(0)
+    aligned = (features @ inverse @ reference.mT).clamp_max_(0)
     if weights is None:
         given_back = aligned.mean(-1)
     else:
@@ -375,7 +375,8 @@ def exploration_bonus(
     checks.floating(policy, "policy")
     checks.finite(policy, "policy")
     checks.non_negative(scale, "scale")
-    uncertainty = torch.einsum("...sad,...de,...sae->...sa", features, inverse, features)
+    pairs = features.flatten(-3, -2)
+    uncertainty = ((pairs @ inverse) * pairs).sum(-1).unflatten(-1, features.shape[-3:-1])
     return scale * (uncertainty + (policy * uncertainty).sum(-1, keepdim=True))
 
 
@@ -588,7 +589,7 @@ class AdversarialMDPLearner:
         """Return features that the policy meets in each layer, and how likely, or None for equally likely ones."""
         if self.num_simulated is None:
             occupancy = self.mdp.occupancy(self._policy).flatten(-2)
-            return self._pairs.expand(*self.runs, *self._pairs.shape), occupancy
+            return self._pairs, occupancy
         many = self._policy.expand(self.num_simulated, *self._policy.shape)
         episodes = self.mdp.rollout(many, generator=self._generator)
         return self.mdp.features_at(*episodes).movedim(0, -2), None
