@@ -109,6 +109,18 @@ FIXED = {"diameter": 2.0, "grad_bound": 4.0, "smoothness": 1.0}
 
 # Name to a call on data to which ``x`` is added: 0.0, or NaN to see it refused.
 FUNCTIONS = {
+    "coverage_threshold": lambda x: policies.coverage_threshold(vector(x), alpha=0.5),
+    "guarded_rollout": lambda x: policies.guarded_rollout(
+        policies.GaussianPolicy(2, 1, low=0.0, high=1.0).double(),
+        policies.DoseSimulator().step,
+        ROWS[:, 2:] + x,
+        horizon=3,
+    ),
+    "history_rows": lambda x: policies.history_rows(ROWS + x, torch.tensor([True, False]), length=2),
+    "logged_rows": lambda x: policies.logged_rows(
+        policies.Transitions(ROWS + x, ROWS, ROWS[:, 0], ROWS, torch.tensor([True, True]), torch.tensor([False, False]))
+    ),
+    "monomials": lambda x: policies.monomials(ROWS + x, degree=2),
     "train_portfolio": lambda x: policies.train_portfolio(
         policies.PortfolioPolicy(2, window=2, width=2, hidden=4),
         policies.PriceHistory((torch.linspace(1, 2, 24) + x).view(12, 2)),
@@ -127,13 +139,13 @@ FUNCTIONS = {
     "walk_forward": lambda x: policies.walk_forward(
         lambda past, held: EVEN[:2] * 2 + x, policies.PriceHistory((ROWS + 2).view(4, 2)), start=0
     ),
-    "edit_stock": lambda x: policies.edit_stock(vector(x), torch.arange(4), vector(0.0), discount=0.9),
     "backtracking": lambda x: policies.backtracking(vector(x), lambda step: step[0] > -0.9),
     "conjugate_gradients": lambda x: policies.conjugate_gradients(lambda v: 2 * v, vector(x)),
     "fisher_product": lambda x: curvature(x)(vector(0.0)),
     "trust_region_step": lambda x: policies.trust_region_step(
         vector(x), lambda v: 2 * v, constraint_gradients=ROWS, violations=vector(0.0, 2)
     ),
+    "edit_stock": lambda x: policies.edit_stock(vector(x), torch.arange(4), vector(0.0), discount=0.9),
     "crowding_distance": lambda x: policies.crowding_distance(ROWS + x).isinf().double(),
     "expected_utility": lambda x: policies.expected_utility(ROWS + x, EVEN[None]),
     "hypervolume": lambda x: policies.hypervolume(ROWS + 2 + x, EVEN),

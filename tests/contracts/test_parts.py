@@ -224,7 +224,38 @@ def stocked(part, dtype):
     return part(observation, scores(dtype, (6,))).square().mean(), observation
 
 
+def guarded(part, dtype):
+    rows = scores(dtype, (6, 2)).requires_grad_()
+    return part(rows).sum(), rows
+
+
+def counted(part, dtype):
+    rows = scores(dtype, (6, 2)).requires_grad_()
+    return torch.where(part.inside(rows.detach()), 0.0, rows.square().sum(1)).sum(), rows
+
+
+def predicted(part, dtype):
+    state = scores(dtype, (6, 2)).requires_grad_()
+    found = part(state, scores(dtype, (6, 1)).detach())
+    return (found.next_observation.mean(1) + found.reward).sum() + state.sum() * 0, state
+
+
+def gaussian(part, dtype):
+    observation = scores(dtype, (6, 2)).requires_grad_()
+    return part(observation).log_prob(scores(dtype, (6, 1)).detach().flip(0)).sum(), observation
+
+
+def dose_log():
+    return policies.DoseSimulator().log(20, generator=torch.Generator().manual_seed(0))
+
+
 MODULES = {
+    "GaussianPolicy": (lambda: policies.GaussianPolicy(2, 1, low=0.0, high=1.0), gaussian),
+    "KernelDensityGuardian": (lambda: policies.KernelDensityGuardian().fit(dose_log().observation), guarded),
+    "ChristoffelGuardian": (lambda: policies.ChristoffelGuardian().fit(dose_log().observation), guarded),
+    "CountGuardian": (lambda: policies.CountGuardian(2).fit(dose_log().observation), counted),
+    "NearestNeighborModel": (lambda: policies.NearestNeighborModel().fit(dose_log()), predicted),
+    "RegressionModel": (lambda: policies.RegressionModel().fit(dose_log()), predicted),
     "StockQuantileNetwork": (lambda: policies.StockQuantileNetwork(3, 2, hidden=(4,)), stocked),
     "StockAgent": (
         lambda: policies.StockAgent(

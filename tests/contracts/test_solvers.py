@@ -59,6 +59,17 @@ SLOPES = torch.tensor([[3.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, 1.0]])
 
 # Name to a call ``(max_iter, max_seconds) -> Stop`` on a problem that takes more than one iteration.
 SOLVERS = {
+    "TabularCMDP": lambda max_iter, max_seconds: (
+        policies.TabularCMDP(
+            torch.linspace(0, 9, 50).view(5, 2, 5).sin().abs().softmax(-1),
+            torch.linspace(0, 7, 10).view(5, 2).cos(),
+            torch.full((5,), 0.2),
+            discount=0.9,
+            cost=torch.linspace(0, 5, 10).view(1, 5, 2).sin(),
+        )
+        .solve(torch.tensor([2.0]), max_iter=max_iter, max_seconds=max_seconds)
+        .status
+    ),
     "train_portfolio": lambda max_iter, max_seconds: (
         policies.train_portfolio(
             policies.PortfolioPolicy(2, window=2, width=2, hidden=4),
