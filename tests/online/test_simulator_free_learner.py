@@ -313,6 +313,15 @@ def test_losses_are_learned_without_ever_seeing_the_transitions():
     assert float((mdp.value(learner.leader, losses) - best).mean()) < 0.5 * float((start - best).mean())
 
 
+def test_a_learner_keeps_the_dtype_of_its_features():
+    mdp, generator = problem(3), torch.Generator().manual_seed(0)
+    single = LinearMDP(mdp.features.float(), mdp.transitions.float(), mdp.initial.float())
+    learner = SimulatorFreeLearner(single.features, some_cover(mdp), generator=generator, **SETTINGS)
+    play(single, learner, draws(5, LAYERS, STATES, ACTIONS).sigmoid().float(), 7, generator)
+    assert learner.policy.dtype == learner.leader.dtype == torch.float32
+    assert not torch.allclose(learner.leader, torch.full_like(learner.leader, 0.5))
+
+
 @pytest.mark.untyped
 def test_what_cannot_be_learned_from_is_refused():
     mdp = problem(3)

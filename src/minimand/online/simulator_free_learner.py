@@ -229,6 +229,7 @@ class SimulatorFreeLearner:
         self.known_threshold = float(known_threshold)
         self.runs = tuple(runs)
         self._generator = generator
+        self._members = cover.policies.to(features)
         self._known = cover.known(features, threshold=known_threshold)[..., None].to(features)
         self._layers = torch.arange(features.shape[0], device=features.device)
         self._episodes: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
@@ -342,7 +343,7 @@ class SimulatorFreeLearner:
         count = self._explored.numel()
         member = torch.multinomial(self.cover.shares, count, replacement=True, generator=generator).view(shape)
         leading = (self._layers <= self._explored[..., None])[..., None, None]
-        self._policy = torch.where(leading, self.cover.policies[member], self._leader)
+        self._policy = torch.where(leading, self._members[member], self._leader)
 
     def __repr__(self) -> str:
         layers, states, actions, dimensions = self.features.shape
