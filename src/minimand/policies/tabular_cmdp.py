@@ -21,8 +21,6 @@ import dataclasses
 import math
 
 import numpy as np
-import scipy.optimize
-import scipy.sparse
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
@@ -30,6 +28,7 @@ from torch import Tensor
 
 from .. import checks
 from ..stopping import Budget, Stop
+from .occupancy_program import OccupancyProgram
 from .transitions import Transitions
 
 
@@ -293,9 +292,15 @@ class TabularCMDP:
         self._check_pairs(allowed, "allowed")
         checks.require(allowed.any(1), lambda: "allowed must leave at least one action in every state")
         budget = Budget(max_iter, max_seconds)
-        program = _Program(self, allowed.cpu().numpy())
+        program = OccupancyProgram(
+            _array(self.transition),
+            _array(self.initial),
+            _array(self.cost),
+            discount=self.discount,
+            allowed=allowed.cpu().numpy(),
+        )
         bounded = np.isfinite(limits)
-        found = program.maximize(self.reward, program.costs[bounded], limits[bounded], budget)
+        found = program.maximize(_array(self.reward), program.costs[bounded], limits[bounded], budget)
         if found.status == 2:
             raise self._infeasible(program, limits, budget)
         if found.status == 3:
@@ -321,7 +326,7 @@ class TabularCMDP:
             status=_stop(found.status, budget),
         )
 
-    def _infeasible(self, program: _Program, limits: NDArray[np.float64], budget: Budget) -> ValueError:
+    def _infeasible(self, program: OccupancyProgram, limits: NDArray[np.float64], budget: Budget) -> ValueError:
         if not np.isfinite(limits).any():
             return ValueError("no policy ends: where the discount is 1 one must")
         least = [program.minimize(cost, budget) for cost in program.costs]
@@ -361,52 +366,8 @@ class TabularCMDP:
         return f"TabularCMDP(states={states}, actions={actions}, costs={len(self.cost)}, discount={self.discount})"
 
 
-class _Program:
-    """The linear program over the occupancies of allowed pairs."""
-
-    def __init__(self, problem: TabularCMDP, allowed: NDArray[np.bool_]) -> None:
-        states = len(allowed)
-        self.allowed = allowed
-        source, action = allowed.nonzero()
-        moves = problem.transition.detach().cpu().double().numpy()[source, action]
-        leave = scipy.sparse.csr_array((np.ones(len(source)), (source, np.arange(len(source)))), (states, len(source)))
-        self.flow = leave - problem.discount * scipy.sparse.csr_array(moves.T)
-        self.initial = problem.initial.detach().cpu().double().numpy()
-        self.costs = problem.cost.detach().cpu().double().numpy()[:, allowed]
-
-    def maximize(
-        self, reward: Tensor, costs: NDArray[np.float64], limits: NDArray[np.float64], budget: Budget
-    ) -> scipy.optimize.OptimizeResult:
-        return self._run(-reward.detach().cpu().double().numpy()[self.allowed], costs, limits, self.flow, budget)
-
-    def minimize(self, cost: NDArray[np.float64], budget: Budget) -> float:
-        found = self._run(cost, self.costs[:0], np.zeros(0), self.flow, budget)
-        return float(found.fun) if found.status == 0 else math.nan
-
-    def least_excess(self, limits: NDArray[np.float64], budget: Budget) -> float:
-        """Minimise t subject to costs of at most budgets plus t: one more variable, at the end."""
-        bounded = np.isfinite(limits)
-        costs = np.column_stack([self.costs[bounded], -np.ones(int(bounded.sum()))])
-        flow = scipy.sparse.hstack([self.flow, scipy.sparse.csr_array((len(self.initial), 1))])
-        objective = np.zeros(costs.shape[1])
-        objective[-1] = 1
-        found = self._run(objective, costs, limits[bounded], flow, budget)
-        return float(found.fun) if found.status == 0 else math.nan
-
-    def table(self, occupancy: NDArray[np.float64]) -> NDArray[np.float64]:
-        table = np.zeros(self.allowed.shape)
-        table[self.allowed] = np.maximum(occupancy, 0)
-        return table
-
-    def _run(
-        self, objective: NDArray, costs: NDArray, limits: NDArray, flow: scipy.sparse.sparray, budget: Budget
-    ) -> scipy.optimize.OptimizeResult:
-        options: dict[str, float] = {"maxiter": budget.max_iter}
-        if math.isfinite(budget.max_seconds):
-            options["time_limit"] = max(budget.max_seconds - budget.seconds, 0.0)
-        return scipy.optimize.linprog(
-            objective, A_ub=costs, b_ub=limits, A_eq=flow, b_eq=self.initial, method="highs", options=options
-        )
+def _array(tensor: Tensor) -> NDArray[np.float64]:
+    return tensor.detach().cpu().double().numpy()
 
 
 def _policy(occupancy: Tensor, allowed: Tensor) -> Tensor:
