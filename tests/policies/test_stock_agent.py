@@ -108,7 +108,7 @@ def test_the_mean_of_midpoint_quantiles_is_near_that_of_the_law(count, seed):
 
 @pytest.mark.parametrize("discount", [1.0, 0.8])
 def test_the_target_is_the_reward_and_the_quantiles_of_what_is_best_with_the_new_stock(discount):
-    quantiles = torch.tensor([[[0.0, 8.0], [3.0, 3.0]]], dtype=torch.float64)  # two actions
+    quantiles = torch.tensor([[[0.0, 8.0], [2.2, 2.2]]], dtype=torch.float64)  # two actions
     agent = StockAgent(Table(quantiles), ExpectedUtility.lower_tail(), discount=discount, kappa=0.5)
     with torch.no_grad():
         agent.network.quantiles.add_(1.0)  # the target network is another
@@ -120,9 +120,10 @@ def test_the_target_is_the_reward_and_the_quantiles_of_what_is_best_with_the_new
         next_observation=draw(3, 2),
         terminal=torch.tensor([False, False, True]),
     )
-    # From (-5 + 1) / discount the sure three are better; with a stock above zero both are worth nothing: the first.
+    # From -4 the sure 2.2 is better, from -4 / 0.8 the chance of 8; above zero both are worth nothing: the first.
+    best = quantiles[0, 1 if discount == 1 else 0]
     predicted = 1.0 + quantiles[0][[1, 0, 0]]
-    followed = torch.stack([1 + discount * quantiles[0, 1], 1 + discount * quantiles[0, 0], torch.ones(2).double()])
+    followed = torch.stack([1 + discount * best, 1 + discount * quantiles[0, 0], torch.ones(2).double()])
     wanted = quantile_huber_loss(predicted, followed, kappa=0.5)
     loss = agent.loss(batch)
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
@@ -231,7 +232,7 @@ def test_the_environment_of_a_process_follows_its_probabilities_and_ends_at_the_
     transition = torch.tensor([[[0.2, 0.5, 0.3]], [[0.0, 1.0, 0.0]], [[0.0, 0.0, 1.0]]], dtype=torch.float64)
     reward = torch.arange(9.0, dtype=torch.float64).view(3, 1, 3)
     reward[1] = 0  # state 1 is an end
-    environment = MDPEnvironment(StockMDP(transition, reward, discount=1.0), 0, horizon=2)
+    environment = MDPEnvironment(StockMDP(transition, reward, discount=1.0), 0, horizon=4)
     environment.reset(seed=0)
     counts = torch.zeros(3)
     for _ in range(2_000):
@@ -239,13 +240,14 @@ def test_the_environment_of_a_process_follows_its_probabilities_and_ends_at_the_
         observation, paid, ended, cut, _ = environment.step(0)
         following = int(observation[:3].argmax())
         counts[following] += 1
-        assert observation.tolist() == [*torch.eye(3)[following].tolist(), 0.5]
+        assert observation.tolist() == [*torch.eye(3)[following].tolist(), 0.75]
         assert (paid, ended, cut) == (reward[0, 0, following].item(), following == 1, False)
         if following == 1:
             with pytest.raises(ValueError, match="has ended"):
                 environment.step(0)
         else:
-            assert environment.step(0)[2]
+            rest = [environment.step(0)[2] for _ in range(3)] if following == 2 else []
+            assert rest in ([], [False, False, True])
     assert (counts / 2_000).tolist() == pytest.approx([0.2, 0.5, 0.3], abs=0.04)
     twice = [[environment.reset(seed=5), environment.step(0)][1][1] for _ in range(2)]
     assert twice[0] == twice[1]
@@ -332,6 +334,38 @@ def test_it_trains_in_an_environment_of_gymnasium_and_repeats_itself():
     assert len(first.losses) == 25
     assert (first.returns.abs() <= sum(0.9**k for k in range(8)) + 1e-9).all()
     assert torch.equal(first.utilities, (first.first_stocks + first.returns).clamp_max(0))
+
+
+class Spy:
+    """An agent that always goes up, and keeps what it is to learn from."""
+
+    discount, utility = 1.0, ExpectedUtility.mean()
+
+    def __init__(self):
+        self.network, self.batches, self.copies = nn.Linear(1, 1), [], 0
+
+    def act(self, observation, stock, *, epsilon=0.0, generator=None):
+        return torch.tensor(1)
+
+    def loss(self, batch):
+        self.batches.append(batch)
+        return self.network(batch.reward[:, None]).sum()
+
+    def update_target(self):
+        self.copies += 1
+
+
+def test_an_episode_that_is_cut_off_has_no_end_and_starts_anew_with_a_stock_of_its_own():
+    spy = Spy()
+    training = train_stock_agent(
+        spy, Walk(), first_stock=(-4.0, -4.0), num_steps=80, learning_starts=0, target_every=5, edit_stocks=False
+    )
+    assert spy.copies == 4
+    assert training.returns.tolist() == [8.0] * 10
+    for batch in spy.batches:
+        assert not batch.terminal.any()
+        assert torch.equal(batch.stock, batch.observation[:, 0] - 4)
+        assert torch.equal(batch.next_observation, batch.observation + 1)
 
 
 def test_an_agent_that_was_saved_acts_and_learns_as_before(tmp_path):

@@ -6,10 +6,12 @@ AAAI 2018, arXiv 1710.10044.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..reduction import Reduction, reduce
@@ -58,14 +60,36 @@ def quantile_huber_loss(
             f"got {tuple(input.shape)} and {tuple(target.shape)}"
         )
     checks.non_negative(kappa, "kappa")
-    tau = midpoints(input.shape[1], like=input)[:, None]
-    ours, theirs = torch.broadcast_tensors(input[:, :, None], target[:, None, :])
-    if kappa > 0:
-        distance = functional.huber_loss(ours, theirs, delta=kappa, reduction="none") / kappa
-    else:
-        distance = functional.l1_loss(ours, theirs, reduction="none")
-    weight = torch.where(theirs < ours, 1 - tau, tau)
-    return reduce((weight * distance).mean(2).sum(1), reduction)
+    losses, _, _ = _QuantileHuber.apply(input, target, float(kappa))
+    return reduce(losses, reduction)
+
+
+class _QuantileHuber(torch.autograd.Function):
+    """Losses of examples; the gradient is known where the loss is, so that no table of pairs is kept."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, target: Tensor, kappa: float) -> tuple[Tensor, Tensor, Tensor]:
+        apart = target[:, None, :] - input[:, :, None]
+        clipped = apart.clamp(-kappa, kappa) / kappa if kappa else apart.sign()
+        tilt = midpoints(input.shape[1], like=input)[:, None] - 0.5
+        # tau c where c > 0, (1 - tau) c where c < 0
+        pull = torch.addcmul(clipped / 2, clipped.abs(), tilt) / target.shape[1]
+        losses = (pull * (apart - (kappa / 2) * clipped)).sum((1, 2))
+        return losses, -pull.sum(2), pull.sum(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, towards_input, towards_target = output
+        ctx.mark_non_differentiable(towards_input, towards_target)
+        ctx.save_for_backward(towards_input, towards_target)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
+        towards_input, towards_target = ctx.saved_tensors
+        return gradient[:, None] * towards_input, gradient[:, None] * towards_target, None
 
 
 def midpoints(count: int, *, like: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checks
-from .stock_agent import StockAgent
+from .expected_utility import ExpectedUtility
+from .stock_agent import StockTransitions
 from .stock_replay import FirstStocks, StockReplay
 
 
@@ -27,6 +28,29 @@ class EpisodicEnvironment(Protocol):
 
     def step(self, action: int) -> tuple[Any, Any, bool, bool, Any]:
         """Act: observation, reward, whether it has ended, whether it was cut off, and what else there is to say."""
+        ...
+
+
+@runtime_checkable
+class StockLearner(Protocol):
+    """What a training loop asks of an agent: a :class:`StockAgent`, or another that acts and learns alike."""
+
+    network: nn.Module
+    utility: ExpectedUtility
+    discount: float
+
+    def act(
+        self, observation: Tensor, stock: float, *, epsilon: float = 0.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Choose an action."""
+        ...
+
+    def loss(self, batch: StockTransitions) -> Tensor:
+        """Compute what the network's parameters are to lower."""
+        ...
+
+    def update_target(self) -> None:
+        """Move the target network to the network."""
         ...
 
 
@@ -53,7 +77,7 @@ def as_features(observation: Any) -> Tensor:
 
 
 def train_stock_agent(
-    agent: StockAgent,
+    agent: StockLearner,
     environment: EpisodicEnvironment,
     *,
     first_stock: tuple[float, float],
@@ -76,7 +100,7 @@ def train_stock_agent(
     steps.
 
     Args:
-        agent: Trained in place.
+        agent: Trained in place: a :class:`StockAgent`, or what has its ``act``, ``loss`` and ``update_target``.
         environment: With gymnasium's ``reset`` and ``step``; actions are integers from 0.
         first_stock: The lowest and highest first stock; equal for a single one, of which only a single objective,
             such as one target, is learnt.
@@ -99,7 +123,9 @@ def train_stock_agent(
         ValueError: If a number is out of range, or the environment pays what is not finite.
 
     Example:
-        >>> from minimand.policies import ExpectedUtility, MDPEnvironment, StockMDP, StockQuantileNetwork
+        >>> from minimand.policies import (
+        ...     ExpectedUtility, MDPEnvironment, StockAgent, StockMDP, StockQuantileNetwork
+        ... )
         >>> mdp = StockMDP(torch.ones(1, 2, 1), torch.tensor([1.0, -1.0]).view(1, 2, 1), discount=1.0)
         >>> agent = StockAgent(StockQuantileNetwork(2, 2, num_quantiles=4), ExpectedUtility.target(), discount=1.0)
         >>> environment = MDPEnvironment(mdp, 0, horizon=3)
