@@ -240,6 +240,7 @@ class TradingEnvironment:
         self.exact = exact
         self.generator = generator
         self._relatives = history.relatives()
+        self._windows = _windows(history.prices, window)
         self._moments = AverageSharpeReward(horizon)
         self._day: Int[Tensor, " batch"] | None = None
         self._steps = 0
@@ -294,7 +295,7 @@ class TradingEnvironment:
 
     def _observe(self) -> Observation:
         assert self._day is not None
-        image = _image(self.history.prices, self._day, self.held, self.window)
+        image = _image(self._windows, self._day, self.held)
         progress = self.held.new_zeros(len(self.held), 3)
         if self._moments.state is not None:
             annualize = self._moments.annualize
@@ -338,7 +339,8 @@ def price_image(
     checks.floating(prices, "prices")
     check_weights(held, "held")
     checks.require((day >= window - 1) & (day < len(prices)), lambda: f"day must lie in [{window - 1}, {len(prices)})")
-    image = _image(prices, day, held, window)
+    first = int(day.min()) + 1 - window
+    image = _image(_windows(prices[first : int(day.max()) + 1], window), day - first, held)
     checks.finite(image.detach(), "prices")
     return image
 
@@ -348,9 +350,10 @@ def check_weights(weights: Tensor, name: str) -> None:
     checks.floating(weights, name)
     if weights.dim() == 0 or weights.shape[-1] < 2:
         raise ValueError(f"{name} must hold cash and at least one asset, got shape {tuple(weights.shape)}")
-    checks.finite(weights.detach(), name)
+    weights = weights.detach()
+    checks.finite(weights, name)
     checks.require(
-        (weights.detach() >= -ON_THE_SIMPLEX) & ((weights.detach().sum(-1, keepdim=True) - 1).abs() <= ON_THE_SIMPLEX),
+        (weights.amin(-1) >= -ON_THE_SIMPLEX) & ((weights.sum(-1) - 1).abs() <= ON_THE_SIMPLEX),
         lambda: f"{name} must be at least 0 and add up to 1 along the last dimension",
     )
 
@@ -362,12 +365,23 @@ def all_cash(like: Float[Tensor, "*batch holdings"]) -> Float[Tensor, "*batch ho
     return weights
 
 
-def _image(prices: Tensor, day: Tensor, held: Tensor, window: int) -> Tensor:
-    days = day[:, None] + torch.arange(1 - window, 1, device=prices.device)
-    seen = prices[days] / prices[day][:, None, :, :1]
-    image = seen.permute(0, 3, 1, 2)
-    top = held[:, None, None, 1:].expand(-1, image.shape[1], 1, -1)
-    return torch.cat([top.to(image.dtype), image], 2)
+def _windows(prices: Tensor, window: int) -> Tensor:
+    """Lay every window out as the rows of an image, of which the first, a day too early, is for the weights.
+
+    A view of the prices, channels first: windows that overlap share their memory, and each is one run of it.
+    """
+    days, assets, channels = prices.shape
+    rows = torch.cat([prices[:1], prices]).permute(2, 0, 1).contiguous()
+    shape = (days - window + 1, channels, window + 1, assets)
+    return rows.as_strided(shape, (assets, (days + 1) * assets, assets, 1))
+
+
+def _image(windows: Tensor, day: Tensor, held: Tensor) -> Tensor:
+    rows = windows.shape[2]
+    image = windows.flatten(2).index_select(0, day + 2 - rows).unflatten(2, (rows, -1))
+    image = image.div_(image[:, :1, -1:].clone())
+    image[:, :, 0] = held[:, None, 1:]
+    return image
 
 
 def _left(held: Tensor, target: Tensor, cost: float, exact: bool) -> Tensor:
