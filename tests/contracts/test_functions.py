@@ -1,5 +1,6 @@
 """What every public function of the numerical rooms keeps: finite numbers from finite ones, an error from NaN."""
 
+import dataclasses
 import importlib
 import inspect
 
@@ -58,6 +59,22 @@ def curvature(x):
     return policies.fisher_product(weight.square().sum(), [weight])
 
 
+class Levers:
+    """One lever pays in one reward, the other in the other."""
+
+    observation_size, num_objectives, action_size, discrete = 1, 2, 2, True
+
+    def __init__(self, num_episodes, seed):
+        self.num_episodes = num_episodes
+
+    def reset(self):
+        return torch.zeros(self.num_episodes, 1)
+
+    def step(self, action):
+        over = torch.ones(self.num_episodes, dtype=torch.bool)
+        return policies.VectorStep(self.reset(), torch.eye(2)[action], over, ~over, self.reset())
+
+
 PAIRS = [preferences.TokenPair((1, 2), (3,), (4, 5))]
 
 
@@ -108,7 +125,28 @@ FIXED = {"diameter": 2.0, "grad_bound": 4.0, "smoothness": 1.0}
 
 
 # Name to a call on data to which ``x`` is added: 0.0, or NaN to see it refused.
+def pendulum_log(x):
+    log = policies.Pendulum(episode_steps=10).log("mixed", episodes=3)
+    return dataclasses.replace(log, reward=log.reward + x)
+
+
 FUNCTIONS = {
+    "fitted_q_evaluation": lambda x: (
+        policies.fitted_q_evaluation(pendulum_log(x), [policies.Pendulum.controller], steps=3, hidden=(4,))[0].members
+    ),
+    "train_offline": lambda x: policies.train_offline(
+        policies.TD3BC(3, 1, hidden=(4,)), policies.ScaledLog.of(pendulum_log(x)), steps=2, batch_size=4
+    ).losses["critic"],
+    "train_online": lambda x: (
+        policies.train_online(
+            policies.Pendulum(episode_steps=4),
+            rounds=2,
+            warmup_rounds=1,
+            hidden=(4,),
+            batch_size=4,
+            exploration=0.1 + x,
+        ).replay.reward
+    ),
     "coverage_threshold": lambda x: policies.coverage_threshold(vector(x), alpha=0.5),
     "guarded_rollout": lambda x: policies.guarded_rollout(
         policies.GaussianPolicy(2, 1, low=0.0, high=1.0).double(),
@@ -164,6 +202,11 @@ FUNCTIONS = {
         num_steps=8,
         learning_starts=0,
     ),
+    "extension_thresholds": lambda x: policies.extension_thresholds(vector(x)),
+    "interior_point_barrier": lambda x: policies.interior_point_barrier(vector(x)),
+    "train_c_morl": lambda x: policies.train_c_morl(
+        Levers, reference=torch.zeros(2) + x, max_iter=1, settings=policies.PPOSettings(num_steps=8)
+    ).archive.returns,
     "stock_update": lambda x: policies.stock_update(vector(x), vector(0.0), discount=0.9),
     "wealth_after_trade": lambda x: policies.wealth_after_trade(EVEN, EVEN.flip(0) + x),
     "exploration_bonus": lambda x: online.exploration_bonus(
@@ -405,13 +448,18 @@ def exported():
 
 # These read files, tokens and models, no numbers that could be NaN.
 READERS = {
+    "behaviour_data",
     "collate_pairs",
     "load_language_model",
+    "load_policy",
+    "make_environment",
+    "read_minari",
     "read_pairs",
     "read_prices",
     "read_transitions",
     "tokenize_pairs",
     "train_only",
+    "write_minari",
 }
 
 

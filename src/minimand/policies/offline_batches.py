@@ -198,12 +198,24 @@ class BatchStream:
         seeds: One a member.
         batch_size: Transitions a member and step.
         noise_width: Standard normal numbers a transition.
+        pools: Rows that each member draws from, int64; None lets all draw from all.
     """
 
-    def __init__(self, log: ScaledLog, *, seeds: Sequence[int], batch_size: int, noise_width: int = 0) -> None:
+    def __init__(
+        self,
+        log: ScaledLog,
+        *,
+        seeds: Sequence[int],
+        batch_size: int,
+        noise_width: int = 0,
+        pools: Sequence[Tensor] | None = None,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if pools is not None and len(pools) != len(seeds):
+            raise ValueError(f"pools must hold rows for each of {len(seeds)} members, got {len(pools)}")
         self.log, self.batch_size, self.noise_width = log, batch_size, noise_width
+        self._pools = None if pools is None else [pool.cpu() for pool in pools]
         # Not the generators that the networks start from: those of equal seeds would give the same numbers.
         self._generators = [torch.Generator().manual_seed((seed + 1) * 0x9E3779B1 % (1 << 62)) for seed in seeds]
         parts = (log.observation, log.action, log.reward[:, None], log.next_observation, log.continues[:, None])
@@ -214,7 +226,11 @@ class BatchStream:
     def _begin(self) -> None:
         self._states = torch.stack([generator.get_state() for generator in self._generators])
         shape = (_CHUNK, self.batch_size)
-        index = [torch.randint(len(self.log), shape, generator=generator) for generator in self._generators]
+        if self._pools is None:
+            index = [torch.randint(len(self.log), shape, generator=generator) for generator in self._generators]
+        else:
+            pairs = zip(self._pools, self._generators, strict=True)
+            index = [pool[torch.randint(len(pool), shape, generator=generator)] for pool, generator in pairs]
         self._index = torch.stack(index, 1).to(self._rows.device)
         noise = [torch.randn((*shape, self.noise_width), generator=generator) for generator in self._generators]
         self._noise = torch.stack(noise, 1).to(self._rows)

@@ -102,6 +102,27 @@ class Pendulum:
         torque = torch.where(near, -(10 * angle + 2.5 * speed), -_LARGEST_TORQUE * direction)
         return torque.clamp(-_LARGEST_TORQUE, _LARGEST_TORQUE)[:, None]
 
+    @torch.no_grad()
+    def record(self, act: Callable[[Tensor], Tensor], *, episodes: int, seed: int = 0) -> Transitions:
+        """Live whole episodes in which ``act`` maps observations to actions; torques are cut off at 2.
+
+        Args:
+            act: From shape ``(episodes, 3)`` to ``(episodes, 1)``.
+            episodes: How many.
+            seed: Of the starts.
+        """
+        observation, rows = self.reset(episodes, seed=seed), []
+        for _ in range(self.episode_steps):
+            action = act(observation).clamp(-_LARGEST_TORQUE, _LARGEST_TORQUE)
+            following, reward = self.step(action)
+            rows.append((observation, action, reward, following))
+            observation = following
+        seen, action, reward, following = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*rows, strict=True))
+        truncated = torch.zeros(episodes, self.episode_steps, dtype=torch.bool, device=self.device)
+        truncated[:, -1] = True
+        nothing = torch.zeros_like(truncated).flatten()
+        return Transitions(seen, action, reward, following, nothing, truncated.flatten())
+
     def log(self, quality: str = "mixed", *, episodes: int = 100, seed: int = 0) -> Transitions:
         """Log episodes of behaviour of some quality.
 
@@ -115,17 +136,11 @@ class Pendulum:
         share = QUALITIES[quality]
         expert = torch.arange(episodes, device=self.device) < max(round(share * episodes), int(share > 0))
         generator = torch.Generator().manual_seed(seed + 0x5EED)
-        observation, rows = self.reset(episodes, seed=seed), []
-        for _ in range(self.episode_steps):
+
+        def act(observation: Tensor) -> Tensor:
             chance = torch.rand((episodes, 1), generator=generator).to(self.device)
             noise = torch.randn((episodes, 1), generator=generator).to(self.device)
-            held = (self.controller(observation) + 0.1 * noise).clamp(-_LARGEST_TORQUE, _LARGEST_TORQUE)
-            action = torch.where(expert[:, None], held, _LARGEST_TORQUE * (2 * chance - 1))
-            following, reward = self.step(action)
-            rows.append((observation, action, reward, following))
-            observation = following
-        seen, action, reward, following = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*rows, strict=True))
-        truncated = torch.zeros(episodes, self.episode_steps, dtype=torch.bool, device=self.device)
-        truncated[:, -1] = True
-        nothing = torch.zeros_like(truncated).flatten()
-        return Transitions(seen, action, reward, following, nothing, truncated.flatten())
+            held = self.controller(observation) + 0.1 * noise
+            return torch.where(expert[:, None], held, _LARGEST_TORQUE * (2 * chance - 1))
+
+        return self.record(act, episodes=episodes, seed=seed)
