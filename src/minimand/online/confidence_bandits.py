@@ -435,10 +435,12 @@ def output_gradients(
     if len(contexts) == 1:
         # The usual round. Backward from all actions at once costs a third of what torch.func takes to dispatch.
         outputs = action_outputs(network(contexts)[None], batch=1)[0]
-        directions = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
-        directions = directions if action is None else directions[action]
-        parts = torch.autograd.grad(outputs[0], list(learnt.values()), directions, is_grads_batched=True)
-        return outputs.detach(), [part.flatten(1)[None] for part in parts]
+        if action is None:
+            directions = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
+            parts = torch.autograd.grad(outputs[0], list(learnt.values()), directions, is_grads_batched=True)
+        else:
+            parts = torch.autograd.grad(outputs[0, action].sum(), list(learnt.values()))
+        return outputs.detach(), [part.reshape(1, len(part) if action is None else 1, -1) for part in parts]
 
     def of_one(parameters: dict[str, Tensor], context: Tensor, action: Tensor | None) -> tuple[Tensor, Tensor]:
         outputs = action_outputs(functional_call(network, parameters, (context[None],))[None], batch=1)[0, 0]
