@@ -24,6 +24,8 @@ def generalized_advantages(
     lam: float = 0.95,
     bootstrap: Float[Tensor, "*batch"] | None = None,
     mask: Bool[Tensor, "*batch steps"] | None = None,
+    next_values: Float[Tensor, "*batch steps"] | None = None,
+    ends: Bool[Tensor, "*batch steps"] | None = None,
 ) -> Float[Tensor, "*batch steps"]:
     r"""Compute generalised advantage estimates along the last dimension.
 
@@ -38,6 +40,9 @@ def generalized_advantages(
         lam: lambda in [0, 1]: 0 is one step ahead, 1 the return minus the value.
         bootstrap: Value of the state after the last step, without the last dimension; None where the episode ends.
         mask: True at steps that took place; the rest, at the end, counts for nothing and gets advantage 0.
+        next_values: :math:`V_{t+1}` of the state that each step led to, 0 where the episode terminated; takes the place
+            of ``bootstrap``. Where episodes follow one another it is not the next of ``values``.
+        ends: True at the last step of each episode; needs ``next_values``. Nothing flows back from the next one.
 
     Returns:
         The advantages, not normalised.
@@ -64,15 +69,26 @@ def generalized_advantages(
         if mask.shape != rewards.shape:
             raise ValueError(f"mask must have the shape of rewards, {tuple(rewards.shape)}, got {tuple(mask.shape)}")
         rewards, values = rewards * mask, values * mask
+    for each, name in ((next_values, "next_values"), (ends, "ends")):
+        if each is not None and each.shape != values.shape:
+            raise ValueError(f"{name} must have shape {tuple(values.shape)}, got {tuple(each.shape)}")
+    if ends is not None and next_values is None:
+        raise ValueError("next_values is required with ends: a value across an end is that of another episode")
+    if next_values is not None and bootstrap is not None:
+        raise ValueError("bootstrap and next_values both say what comes last: give one of them")
     if bootstrap is None:
         bootstrap = torch.zeros_like(values[..., 0])
     elif bootstrap.shape != values.shape[:-1]:
         raise ValueError(f"bootstrap must have shape {tuple(values.shape[:-1])}, got {tuple(bootstrap.shape)}")
     checks.finite(bootstrap, "bootstrap")
-    deltas = rewards + gamma * torch.cat([values[..., 1:], bootstrap[..., None]], -1) - values
+    if next_values is None:
+        next_values = torch.cat([values[..., 1:], bootstrap[..., None]], -1)
+    checks.finite(next_values, "next_values")
+    deltas = rewards + gamma * next_values - values
+    decay = torch.full_like(deltas, gamma * lam) if ends is None else gamma * lam * ~ends
     running, advantages = torch.zeros_like(deltas[..., 0]), torch.empty_like(deltas)
     for step in reversed(range(deltas.shape[-1])):
-        running = deltas[..., step] + gamma * lam * running
+        running = deltas[..., step] + decay[..., step] * running
         advantages[..., step] = running
     return advantages if mask is None else advantages * mask
 

@@ -34,6 +34,11 @@ def scores(dtype=torch.float32, shape=(6, 3)):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
+def both_heads(part, dtype):
+    seen = scores(dtype).requires_grad_()
+    return sum(each.square().mean() for each in part(seen)), seen
+
+
 def aggregate(part, dtype):
     predictions = scores(dtype, (6,)).requires_grad_()
     return part(predictions, torch.tensor([0.5, 0.2], dtype=dtype), torch.tensor([0, 0, 0, 1, 1, 1])), predictions
@@ -276,6 +281,7 @@ MODULES = {
     "LinUCB": (lambda: online.LinUCB(3, num_actions=3), bandit),
     "NeuralUCB": (lambda: online.NeuralUCB(nn.Linear(3, 3)), bandit),
     "NeuralTS": (lambda: online.NeuralTS(nn.Linear(3, 3), covariance="full"), bandit),
+    "VectorActorCritic": (lambda: policies.VectorActorCritic(3, 2, 4, discrete=False), both_heads),
     "OnlineRegressor": (lambda: online.OnlineRegressor(nn.Linear(3, 3), radius=0.1), regressor),
     "DisjointLinear": (lambda: online.DisjointLinear(3, 2, num_actions=4), disjoint),
     "PerturbedOutput": (lambda: online.PerturbedOutput(nn.Linear(3, 1), strength=0.1), perturbed),

@@ -57,6 +57,23 @@ def stocked(max_iter, max_seconds):
 
 SLOPES = torch.tensor([[3.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, 1.0]])
 
+
+class Levers:
+    """One lever pays in one reward, the other in the other."""
+
+    observation_size, num_objectives, action_size, discrete = 1, 2, 2, True
+
+    def __init__(self, num_episodes, seed):
+        self.num_episodes = num_episodes
+
+    def reset(self):
+        return torch.zeros(self.num_episodes, 1)
+
+    def step(self, action):
+        over = torch.ones(self.num_episodes, dtype=torch.bool)
+        return policies.VectorStep(self.reset(), torch.eye(2)[action], over, ~over, self.reset())
+
+
 # Name to a call ``(max_iter, max_seconds) -> Stop`` on a problem that takes more than one iteration.
 SOLVERS = {
     "TabularCMDP": lambda max_iter, max_seconds: (
@@ -93,6 +110,18 @@ SOLVERS = {
     "backtracking": lambda max_iter, max_seconds: (
         policies.backtracking(
             torch.ones(3), lambda step: step[0] < 0.5, max_iter=max_iter, max_seconds=max_seconds
+        ).status
+    ),
+    "train_c_morl": lambda max_iter, max_seconds: (
+        policies.train_c_morl(
+            Levers,
+            reference=torch.zeros(2),
+            settings=policies.PPOSettings(num_steps=8, num_minibatches=4, epochs=1),
+            initial_updates=2,
+            extension_updates=1,
+            capacity=1,
+            max_iter=max_iter,
+            max_seconds=max_seconds,
         ).status
     ),
     "risk_parity": lambda max_iter, max_seconds: (

@@ -241,6 +241,12 @@ def test_the_fisher_product_of_stacked_policies_keeps_them_apart():
         torch.testing.assert_close(together(vectors)[:, policy], alone(vectors[:, policy]))
 
 
+def test_a_parameter_that_the_divergence_does_not_depend_on_has_no_curvature_but_the_damping():
+    used, unused = draw((2,), 1).requires_grad_(), draw((3,), 2).requires_grad_()
+    product = fisher_product(used.square().sum(), [unused, used], damping=0.5)
+    torch.testing.assert_close(product(torch.ones(2, 5, dtype=F64))[1], torch.tensor([0.5] * 3 + [2.5] * 2, dtype=F64))
+
+
 def test_flatten_and_unflatten_are_inverse():
     tensors = [draw((3, 2, 2), 1), draw((3,), 2), draw((3, 5), 3)]
     vector = flatten(tensors, batch_dims=1)

@@ -125,6 +125,33 @@ def unflatten(vector: Float[Tensor, "*batch dim"], like: Sequence[Tensor], *, ba
     return [piece.reshape(*vector.shape[:-1], *shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
+def gradients_of_rows(
+    outputs: Sequence[Tensor], parameters: Sequence[Tensor], rows: Sequence[Tensor]
+) -> list[Float[Tensor, "rows *shape"]]:
+    """Return the gradients of several combinations of outputs in one pass; the graph stays.
+
+    Args:
+        outputs: With their graph; those without one are constants.
+        parameters: What they are differentiated by.
+        rows: Weights of each output in every combination, ``(rows, *output)``.
+    """
+    moving = [index for index, output in enumerate(outputs) if output.requires_grad]
+    found: Sequence[Tensor | None] = torch.autograd.grad(
+        [outputs[index] for index in moving],
+        parameters,
+        [rows[index] for index in moving],
+        retain_graph=True,
+        allow_unused=True,
+        is_grads_batched=True,
+    )
+    # torch makes the gradients of unused parameters, if asked to, in the shape of one row.
+    count = len(rows[0])
+    return [
+        each.new_zeros(count, *each.shape) if gradient is None else gradient
+        for each, gradient in zip(parameters, found, strict=True)
+    ]
+
+
 def fisher_product(
     divergence: Tensor, parameters: Sequence[Tensor], *, damping: float = 0.1, batch_dims: int = 0
 ) -> Product:
@@ -166,15 +193,7 @@ def fisher_product(
         # The rows of a batch of systems are differentiated in one pass.
         extra = vector.dim() - batch_dims - 1
         systems = vector.flatten(0, extra - 1) if extra else vector[None]
-        images = torch.autograd.grad(
-            gradients,
-            parameters,
-            unflatten(systems, parameters, batch_dims=batch_dims),
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-            is_grads_batched=True,
-        )
+        images = gradients_of_rows(gradients, parameters, unflatten(systems, parameters, batch_dims=batch_dims))
         return flatten(images, batch_dims=batch_dims + 1).reshape(vector.shape) + damping * vector
 
     return product
