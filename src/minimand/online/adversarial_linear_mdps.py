@@ -40,7 +40,7 @@ from torch import Tensor
 
 from .. import checks
 from ..stopping import Budget, Stop
-from .linear_mdp import LinearMDP, check_features
+from .linear_mdp import LinearMDP, action_values, check_features, occupancy
 
 ESTIMATORS = ("reduced", "plain")
 REGULARIZERS = ("entropy", "log-barrier")
@@ -173,10 +173,16 @@ def inverse_covariance(
         raise ValueError(f"features must have shape (*batch, samples, dimensions), got {tuple(features.shape)}")
     checks.finite(features, "features")
     checks.positive(regularization, "regularization")
+    if weights is not None:
+        _check_weights(weights, features, "weights")
+    return _inverse(features, regularization, weights)
+
+
+def _inverse(features: Tensor, regularization: float, weights: Tensor | None) -> Tensor:
+    """Invert the covariance of features that need no check; the factorisation finds out whether it can be."""
     if weights is None:
         covariance = features.mT @ features / features.shape[-2]
     else:
-        _check_weights(weights, features, "weights")
         covariance = features.mT @ (weights[..., None] * features)
     covariance.diagonal(dim1=-2, dim2=-1).add_(regularization)
     factor, info = torch.linalg.cholesky_ex(covariance)
@@ -265,7 +271,8 @@ def linear_q_estimate(
     Source:
         Dai et al. 2023, arXiv 2301.12942, algorithm 1.
     """
-    return _alignment(features, observed, loss_to_go, inverse) * loss_to_go[..., None]
+    _check_visit(features, observed, loss_to_go, inverse)
+    return _alignment(features, observed, inverse) * loss_to_go[..., None]
 
 
 def magnitude_reduced_estimate(
@@ -318,7 +325,7 @@ def magnitude_reduced_estimate(
     Source:
         Dai et al. 2023, arXiv 2301.12942, algorithm 2.
     """
-    alignment = _alignment(features, observed, loss_to_go, inverse)
+    _check_visit(features, observed, loss_to_go, inverse)
     ceiling = torch.as_tensor(largest, dtype=loss_to_go.dtype, device=loss_to_go.device)
     checks.require(
         (loss_to_go >= 0) & (loss_to_go <= ceiling * (1 + 1e-6)),
@@ -328,12 +335,24 @@ def magnitude_reduced_estimate(
         ),
     )
     check_features(reference, "reference")
-    aligned = (features @ inverse @ reference.mT).clamp_max_(0)
-    if weights is None:
-        given_back = aligned.mean(-1)
-    else:
+    if weights is not None:
         _check_weights(weights, reference, "weights")
-        given_back = (aligned @ weights[..., None]).squeeze(-1)
+    return _reduced(features, observed, loss_to_go, inverse, ceiling, reference, weights)
+
+
+def _reduced(
+    features: Tensor,
+    observed: Tensor,
+    loss_to_go: Tensor,
+    inverse: Tensor,
+    ceiling: Tensor,
+    reference: Tensor,
+    weights: Tensor | None,
+) -> Tensor:
+    """Estimate with magnitude reduced, from what needs no check."""
+    alignment = _alignment(features, observed, inverse)
+    aligned = (features @ inverse @ reference.mT).clamp_max_(0)
+    given_back = aligned.mean(-1) if weights is None else (aligned @ weights[..., None]).squeeze(-1)
     lifted = alignment * loss_to_go[..., None] - ceiling[..., None] * alignment.clamp_max(0)
     return lifted + ceiling[..., None] * given_back
 
@@ -375,6 +394,11 @@ def exploration_bonus(
     checks.floating(policy, "policy")
     checks.finite(policy, "policy")
     checks.non_negative(scale, "scale")
+    return _bonus(features, inverse, policy, scale)
+
+
+def _bonus(features: Tensor, inverse: Tensor, policy: Tensor, scale: float) -> Tensor:
+    """Compute the bonus from what needs no check."""
     pairs = features.flatten(-3, -2)
     uncertainty = ((pairs @ inverse) * pairs).sum(-1).unflatten(-1, features.shape[-3:-1])
     return scale * (uncertainty + (policy * uncertainty).sum(-1, keepdim=True))
@@ -545,16 +569,17 @@ class AdversarialMDPLearner:
         mdp, policy = self.mdp, self._policy
         loss_to_go = losses.to(policy).flip(-1).cumsum(-1).flip(-1)
         seen, weights = self._met()
-        inverse = inverse_covariance(seen, regularization=self.regularization, weights=weights)
-        visit = (self._pairs, mdp.features_at(states, actions), loss_to_go, inverse)
+        inverse = _inverse(seen, self.regularization, weights)
+        observed = mdp.features_at(states, actions)
+        # All that is handed on from here was checked already, by the problem or above.
         if self.estimator == "plain":
-            estimate = linear_q_estimate(*visit)
+            estimate = _alignment(self._pairs, observed, inverse) * loss_to_go[..., None]
         else:
             # Simulated references must be others than those of the covariance, or the estimates get a bias.
             fresh = seen if self.num_simulated is None else self._met()[0]
-            estimate = magnitude_reduced_estimate(*visit, largest=self._remaining, reference=fresh, weights=weights)
-        bonus = exploration_bonus(mdp.features, inverse, policy, scale=self.bonus_scale)
-        dilated = mdp.action_values(policy, bonus, dilation=1 + 1 / mdp.num_layers)
+            estimate = _reduced(self._pairs, observed, loss_to_go, inverse, self._remaining, fresh, weights)
+        bonus = _bonus(mdp.features, inverse, policy, self.bonus_scale)
+        dilated = action_values(mdp, policy, bonus, dilation=1 + 1 / mdp.num_layers)
         self._follow(self._summed + estimate.view_as(policy) - dilated)
 
     def state_dict(self) -> dict[str, Any]:
@@ -588,8 +613,7 @@ class AdversarialMDPLearner:
     def _met(self) -> tuple[Tensor, Tensor | None]:
         """Return features that the policy meets in each layer, and how likely, or None for equally likely ones."""
         if self.num_simulated is None:
-            occupancy = self.mdp.occupancy(self._policy).flatten(-2)
-            return self._pairs, occupancy
+            return self._pairs, occupancy(self.mdp, self._policy).flatten(-2)
         many = self._policy.expand(self.num_simulated, *self._policy.shape)
         episodes = self.mdp.rollout(many, generator=self._generator)
         return self.mdp.features_at(*episodes).movedim(0, -2), None
@@ -603,8 +627,13 @@ class AdversarialMDPLearner:
         )
 
 
-def _alignment(features: Tensor, observed: Tensor, loss_to_go: Tensor, inverse: Tensor) -> Tensor:
-    """Return phi(s, a)^T Sigma^+ phi_h, having checked what every estimate is made of."""
+def _alignment(features: Tensor, observed: Tensor, inverse: Tensor) -> Tensor:
+    """Return phi(s, a)^T Sigma^+ phi_h."""
+    return (features @ (inverse @ observed[..., None])).squeeze(-1)
+
+
+def _check_visit(features: Tensor, observed: Tensor, loss_to_go: Tensor, inverse: Tensor) -> None:
+    """Check what every estimate is made of."""
     check_features(features, "features")
     check_features(observed, "observed")
     for value, name in ((loss_to_go, "loss_to_go"), (inverse, "inverse")):
@@ -617,7 +646,6 @@ def _alignment(features: Tensor, observed: Tensor, loss_to_go: Tensor, inverse: 
         raise ValueError(f"inverse must have shape {(*observed.shape, dimensions)}, got {tuple(inverse.shape)}")
     if loss_to_go.shape != observed.shape[:-1]:
         raise ValueError(f"loss_to_go must have shape {tuple(observed.shape[:-1])}, got {tuple(loss_to_go.shape)}")
-    return (features @ (inverse @ observed[..., None])).squeeze(-1)
 
 
 def _check_weights(weights: Tensor, features: Tensor, name: str) -> None:

@@ -170,13 +170,7 @@ class LinearMDP:
             policy: Probabilities of the actions.
         """
         self._check_policy(policy)
-        reach = self.initial.expand(*policy.shape[:-3], self.num_states)
-        taken = []
-        for layer in range(self.num_layers):
-            taken.append(reach[..., None] * policy[..., layer, :, :])
-            if layer + 1 < self.num_layers:
-                reach = taken[-1].flatten(-2) @ self.transitions[layer].flatten(0, 1)
-        return torch.stack(taken, -3)
+        return occupancy(self, policy)
 
     def value(
         self, policy: Float[Tensor, "*policies layers states actions"], losses: Float[Tensor, "*losses layers s a"]
@@ -207,11 +201,7 @@ class LinearMDP:
         """
         self._check_policy(policy)
         self._check_table(losses, "losses")
-        values = [losses[..., -1, :, :]]
-        for layer in reversed(range(self.num_layers - 1)):
-            following = (policy[..., layer + 1, :, :] * values[-1]).sum(-1)
-            values.append(losses[..., layer, :, :] + dilation * self._expect(following, layer))
-        return torch.stack(torch.broadcast_tensors(*reversed(values)), -3)
+        return action_values(self, policy, losses, dilation=dilation)
 
     def best_policy(
         self, losses: Float[Tensor, "*batch layers states actions"]
@@ -225,7 +215,7 @@ class LinearMDP:
         values = losses[..., -1, :, :]
         actions = [values.argmin(-1)]
         for layer in reversed(range(self.num_layers - 1)):
-            values = losses[..., layer, :, :] + self._expect(values.amin(-1), layer)
+            values = losses[..., layer, :, :] + _expect(self, values.amin(-1), layer)
             actions.append(values.argmin(-1))
         chosen = torch.stack(actions[::-1], -2)[..., None]
         return torch.zeros_like(losses).scatter(-1, chosen, 1.0)
@@ -326,11 +316,6 @@ class LinearMDP:
             residual = torch.maximum(residual, _fit_error(features, by_layer.to(features)))
         return residual
 
-    def _expect(self, values: Tensor, layer: int) -> Tensor:
-        """Return the expectation of the next layer's state values, for each state and action."""
-        following = values @ self.transitions[layer].flatten(0, 1).mT
-        return following.unflatten(-1, (self.num_states, self.num_actions))
-
     def _check_table(self, table: Tensor, name: str) -> None:
         checks.floating(table, name)
         wanted = tuple(self.features.shape[:3])
@@ -349,6 +334,26 @@ class LinearMDP:
             f"LinearMDP(num_layers={self.num_layers}, num_states={self.num_states}, num_actions={self.num_actions}, "
             f"num_dimensions={self.num_dimensions})"
         )
+
+
+def occupancy(mdp: LinearMDP, policy: Tensor) -> Tensor:
+    """Return what :meth:`LinearMDP.occupancy` does, of a policy that needs no check."""
+    reach = mdp.initial.expand(*policy.shape[:-3], mdp.num_states)
+    taken = []
+    for layer in range(mdp.num_layers):
+        taken.append(reach[..., None] * policy[..., layer, :, :])
+        if layer + 1 < mdp.num_layers:
+            reach = taken[-1].flatten(-2) @ mdp.transitions[layer].flatten(0, 1)
+    return torch.stack(taken, -3)
+
+
+def action_values(mdp: LinearMDP, policy: Tensor, losses: Tensor, *, dilation: float) -> Tensor:
+    """Return what :meth:`LinearMDP.action_values` does, of a policy and losses that need no check."""
+    values = [losses[..., -1, :, :]]
+    for layer in reversed(range(mdp.num_layers - 1)):
+        following = (policy[..., layer + 1, :, :] * values[-1]).sum(-1)
+        values.append(losses[..., layer, :, :] + dilation * _expect(mdp, following, layer))
+    return torch.stack(torch.broadcast_tensors(*reversed(values)), -3)
 
 
 def check_features(features: Tensor, name: str) -> None:
@@ -376,6 +381,12 @@ def check_path(features: Tensor, states: Tensor, actions: Tensor) -> None:
                 f"{name} must lie in [0, {count - 1}], got values from {int(path.min())} to {int(path.max())}"
             ),
         )
+
+
+def _expect(mdp: LinearMDP, values: Tensor, layer: int) -> Tensor:
+    """Return the expectation of the next layer's state values, for each state and action."""
+    following = values @ mdp.transitions[layer].flatten(0, 1).mT
+    return following.unflatten(-1, (mdp.num_states, mdp.num_actions))
 
 
 def _check_probabilities(value: Tensor, name: str, shape: tuple[int, ...]) -> None:
