@@ -55,6 +55,12 @@ def test_between_decisions_nothing_is_traded():
     assert (backtest.turnover.reshape(7, 5)[:, 0] > 0).all()
 
 
+def test_what_is_lost_of_a_days_growth_is_the_cost_of_its_turnover():
+    backtest = walk_forward(momentum, history(), start=8, cost=0.05)
+    growth = (backtest.weights * history().relatives()[8:]).sum(1)
+    torch.testing.assert_close(backtest.log_returns.exp(), (1 - 0.05 * backtest.turnover) * growth)
+
+
 def test_buying_once_and_holding_earns_the_mean_of_the_price_relatives():
     prices = history()
     backtest = walk_forward(equal, prices, start=4, every=100, cost=0.0)
