@@ -22,6 +22,7 @@ import dataclasses
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from scipy.optimize import linprog
 from torch import Tensor
 
@@ -29,7 +30,11 @@ from .. import checks
 from .problem_complexity import check_hypotheses, check_queries, complexity
 
 _INSIDE = 1e-4
-_ROUNDS = 4
+_NEAR = 1e-3
+_ROUNDS = 60
+_UNBOUNDED = 3
+
+Array = NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,24 @@ class Instances:
 
     def __len__(self) -> int:
         return len(self.best)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    r"""What the complexity of instances says of those nearby.
+
+    Args:
+        widths: :math:`\|z^* - z\|_{A(\lambda)^{-1}}` under the best allocation, ``(instances, hypotheses)``.
+        slopes: Of :math:`C^{-1/2}`, ``(instances, dim)``.
+    """
+
+    widths: Tensor
+    slopes: Tensor
+
+    def split(self, shares: list[int]) -> list[Measure]:
+        """Split by instances."""
+        pairs = zip(self.widths.split(shares), self.slopes.split(shares), strict=True)
+        return [Measure(widths, slopes) for widths, slopes in pairs]
 
 
 class InstanceClasses:
@@ -116,20 +139,56 @@ class InstanceClasses:
         checks.positive(radius, "radius")
         return ((self.easiest >= radius**-0.5) & (self.easiest > 0)).nonzero()[:, 0]
 
-    def widths(
-        self, theta: Float[Tensor, "instances dim"], best: Int[Tensor, " instances"]
-    ) -> Float[Tensor, "instances hypotheses"]:
-        r"""Return :math:`\|z^* - z\|_{A(\lambda)^{-1}}` under the allocation that is best for each instance.
-
-        It serves :meth:`retract` for as long as the instances have moved little.
+    def measure(self, theta: Float[Tensor, "instances dim"], best: Int[Tensor, " instances"]) -> Measure:
+        r"""Solve for the complexity of instances, to serve :meth:`move` for as long as they have moved little.
 
         Args:
             theta: Instances, each with a unique best hypothesis.
             best: That hypothesis.
         """
         checks.floating(theta, "theta")
-        allocation = complexity(theta.double(), self.hypotheses, queries=self.queries, tolerance=_INSIDE).allocation
-        return self._widths(allocation, best)
+        point = theta.detach().to(self.hypotheses)
+        if len(self.hypotheses) == 1:
+            return Measure(torch.ones_like(point[:, :1]), torch.zeros_like(point))
+        solved = complexity(point, self.hypotheses, queries=self.queries, tolerance=_INSIDE)
+        shares = solved.weights / torch.where(solved.weights > 0, self._gaps(point, best), torch.inf)
+        differences = self.hypotheses[best][:, None] - self.hypotheses
+        slopes = solved.value.rsqrt()[:, None] * (shares[..., None] * differences).sum(1)
+        return Measure(self._widths(solved.allocation, best), slopes)
+
+    def move(
+        self,
+        theta: Float[Tensor, "instances dim"],
+        best: Int[Tensor, " instances"],
+        step: Float[Tensor, "instances dim"],
+        *,
+        radius: float,
+        measure: Measure,
+    ) -> Float[Tensor, "instances dim"]:
+        r"""Move instances by a step, along the edge of :math:`\Theta_r` where the step would leave it.
+
+        There the step loses its part against the slope of :math:`C^{-1/2}`, so that instances come to rest where a loss
+        is largest on the edge, and not where its slope points away from the easiest instance.
+
+        Args:
+            theta: Instances of the class.
+            best: The best hypothesis of each.
+            step: By how much each should move.
+            radius: r, above 0.
+            measure: Of instances near these.
+        """
+        point, wanted, slope = theta.to(self.hypotheses), step.to(self.hypotheses), measure.slopes
+        leaves = self._bound(point + wanted, best, measure.widths) < radius**-0.5
+        free = torch.ones_like(point)
+        # Entries at the end of their range that would go on stay, and take no part in the slope: a second look tells.
+        for _ in range(2):
+            length = torch.linalg.vector_norm(free * slope, dim=-1, keepdim=True).clamp_min(1e-300)
+            against = (free * wanted * slope).sum(-1, keepdim=True).clamp_max(0) / length.square()
+            moved = wanted - torch.where(leaves[:, None], against, 0.0) * slope
+            moved, turned = free * moved, moved * point.sign()
+            if self.queries is None:
+                free = ((point.abs() < self.bound) | (turned < 0)).to(point)
+        return self.retract((point + moved).to(theta), best, radius=radius, measure=measure)
 
     def retract(
         self,
@@ -137,19 +196,19 @@ class InstanceClasses:
         best: Int[Tensor, " instances"],
         *,
         radius: float,
-        widths: Float[Tensor, "instances hypotheses"] | None = None,
+        measure: Measure | None = None,
     ) -> Float[Tensor, "instances dim"]:
         r"""Bring instances into the part of :math:`\Theta_r` where given hypotheses are best.
 
-        Each goes back towards the easiest instance of its hypothesis, no further than concavity of
-        :math:`C^{-1/2}` asks for; instances that are inside already stay.
+        Each goes back towards the easiest instance of its hypothesis, until its own allocation proves that it is
+        inside, or concavity of :math:`C^{-1/2}` does; instances that are inside already stay.
 
         Args:
             theta: Any point.
             best: The hypothesis of each.
             radius: r, above 0.
-            widths: Of an instance near each, from :meth:`widths`: far cheaper, and goes back a little too far. None to
-                solve for the complexity.
+            measure: Of an instance near each, from :meth:`measure`: far cheaper, and goes back a little too far. None
+                to solve for the complexity.
 
         Raises:
             ValueError: If a hypothesis is best for no instance of the class.
@@ -169,8 +228,14 @@ class InstanceClasses:
         wanted = 1e-3 * goal
         share = torch.where(gaps < wanted, (goal - wanted) / (goal - gaps).clamp_min(1e-300), 1.0).amin(-1)
         point = torch.lerp(home, point, share[:, None].clamp(0, 1))
-        reached = self._inverse_root(point) if widths is None else self._bound(point, best, widths)
-        share = torch.where(reached < least, (easiest - least) / (easiest - reached).clamp_min(1e-300), 1.0)
+        widths = (self.measure(point, best) if measure is None else measure).widths
+        # Gaps are linear along the line, so that the allocation's own bound is met at the first of these shares.
+        limit, gaps = least * widths, self._gaps(point, best)
+        crossing = (goal - limit) / (goal - gaps).clamp_min(1e-300)
+        crossing = torch.where(gaps < limit, crossing, 1.0).amin(-1)
+        reached = self._bound(point, best, widths)
+        chord = torch.where(reached < least, (easiest - least) / (easiest - reached).clamp_min(1e-300), 1.0)
+        share = torch.maximum(crossing, chord)
         return torch.lerp(home, point, share[:, None].clamp(0, 1)).to(theta)
 
     def draw(self, count: int, *, radius: float, generator: torch.Generator | None = None) -> Instances:
@@ -198,45 +263,37 @@ class InstanceClasses:
         return Instances(self.retract((2 * drawn[:, 1:] - 1) * reach, best, radius=radius), best)
 
     def _find_homes(self) -> None:
-        """Climb from the widest margin: the best instance for an allocation, the best allocation for an instance."""
+        r"""Maximise :math:`C^{-1/2}` for every hypothesis by cutting planes.
+
+        The function is concave, and :math:`\langle g, \theta \rangle` with its slope
+
+        .. math:: g = C^{-1/2} \sum_z p_z \frac{z^* - z}{\langle z^* - z, \theta \rangle},
+
+        where p are the weights that prove the complexity. So every instance that is solved gives a linear upper bound,
+        and the next one is where the least of these bounds is largest.
+        """
         count, dim = self.hypotheses.shape
         rows = torch.eye(dim).to(self.hypotheses) if self.queries is None else self.queries
-        every = torch.arange(count, device=self.hypotheses.device)
-        even = self.hypotheses.new_full((count, len(rows)), 1 / len(rows))
+        lengths = torch.linalg.vector_norm(self.hypotheses[:, None] - self.hypotheses, dim=-1)
+        # No allocation makes a width smaller than this.
+        least = lengths / torch.linalg.vector_norm(rows, dim=-1).amax()
         self.home, self.easiest = torch.zeros_like(self.hypotheses), self.hypotheses.new_zeros(count)
-        widths = self._widths(even, every)
-        body = np.vstack([rows.cpu().numpy(), -rows.cpu().numpy()])
-        body = np.hstack([body, np.zeros((len(body), 1))])
+        programs = [_Program(self.hypotheses[each] - self.hypotheses, rows, self.bound) for each in range(count)]
+        open_ = torch.arange(count, device=self.hypotheses.device)
         for _ in range(_ROUNDS):
-            found = [self._margin(each, widths[each], body, dim) for each in range(count)]
-            margin = self.hypotheses.new_tensor([value for value, _ in found])
-            some = (margin > 1e-6 * self.bound).nonzero()[:, 0]
-            if not len(some):
+            found = [programs[each].solve(least[each], float(self.easiest[each])) for each in open_.tolist()]
+            upper = self.hypotheses.new_tensor([value for value, _ in found])
+            points = torch.stack([point for _, point in found]).to(self.hypotheses)
+            unfinished = upper > torch.maximum(self.easiest[open_] * (1 + _NEAR), lengths[open_].amax(-1) * 1e-6)
+            open_, points = open_[unfinished], points[unfinished]
+            if not len(open_):
                 return
-            points = torch.stack([found[each][1] for each in some.tolist()])
-            solved = complexity(points, self.hypotheses, queries=self.queries, tolerance=_INSIDE)
-            roots = solved.value.rsqrt()
-            better = roots > self.easiest[some] * (1 + 1e-6)
-            self.home[some[better]], self.easiest[some[better]] = points[better], roots[better]
-            if not bool(better.any()):
-                return
-            widths[some] = self._widths(solved.allocation, some)
-
-    def _margin(self, best: int, widths: Tensor, body: np.ndarray, dim: int) -> tuple[float, Tensor]:
-        """Solve for the instance of the largest least gap in units of the widths, a linear program."""
-        others = torch.arange(len(self.hypotheses), device=widths.device) != best
-        differences = self.hypotheses[best] - self.hypotheses[others]
-        gaps = np.hstack([-differences.cpu().numpy(), widths[others, None].cpu().numpy()])
-        result = linprog(
-            np.append(np.zeros(dim), -1.0),
-            A_ub=np.vstack([gaps, body]),
-            b_ub=np.append(np.zeros(len(gaps)), np.full(len(body), self.bound)),
-            bounds=[(None, None)] * (dim + 1),
-            method="highs",
-        )
-        if result.x is None:
-            raise ValueError("queries must tell all hypotheses apart: a difference of two lies outside of their span")
-        return float(result.x[-1]), torch.from_numpy(result.x[:-1]).to(self.hypotheses)
+            slopes = self.measure(points, open_).slopes
+            roots = (slopes * points).sum(-1)
+            for each, slope in zip(open_.tolist(), slopes, strict=True):
+                programs[each].cut(slope)
+            better = roots > self.easiest[open_]
+            self.home[open_[better]], self.easiest[open_[better]] = points[better], roots[better]
 
     def _widths(self, allocation: Tensor, best: Tensor) -> Tensor:
         differences = self.hypotheses[best][:, None] - self.hypotheses
@@ -266,3 +323,39 @@ class InstanceClasses:
         if len(self.hypotheses) == 1:
             return torch.full_like(theta[:, 0], torch.inf)
         return complexity(theta, self.hypotheses, queries=self.queries, tolerance=_INSIDE).value.rsqrt()
+
+
+class _Program:
+    """The linear program of cutting planes for the easiest instance of one hypothesis."""
+
+    def __init__(self, differences: Tensor, rows: Tensor, bound: float) -> None:
+        self.others = differences.abs().amax(-1).cpu().numpy() > 0
+        self.differences = differences.cpu().numpy()[self.others]
+        body = rows.cpu().numpy()
+        self.body, self.bound = np.vstack([body, -body]), bound
+        self.slopes: list[Array] = []
+
+    def cut(self, slope: Tensor) -> None:
+        """Add a linear upper bound."""
+        self.slopes.append(slope.cpu().numpy())
+
+    def solve(self, widths: Tensor, reached: float) -> tuple[float, Tensor]:
+        """Return the upper bound and where it is attained; at first the largest least gap in units of the widths."""
+        least = widths.cpu().numpy()[self.others]
+        bounds = np.stack(self.slopes) if self.slopes else self.differences / least[:, None]
+        # Where C^(-1/2) is larger than what was reached no gap is smaller than this.
+        table = np.vstack([-bounds, -self.differences, self.body])
+        level = np.concatenate([np.ones(len(bounds)), np.zeros(len(table) - len(bounds))])
+        limits = np.concatenate([np.zeros(len(bounds)), -reached * least, np.full(len(self.body), self.bound)])
+        result = linprog(
+            np.append(np.zeros(table.shape[1]), -1.0),
+            A_ub=np.column_stack([table, level]),
+            b_ub=limits,
+            bounds=(None, None),
+            method="highs",
+        )
+        if result.status == _UNBOUNDED:
+            raise ValueError("queries must tell all hypotheses apart: a difference of two lies outside of their span")
+        if result.x is None:
+            return 0.0, torch.zeros(table.shape[1], dtype=torch.float64)
+        return float(result.x[-1]), torch.from_numpy(result.x[:-1])

@@ -151,7 +151,7 @@ def train_sampled_policy(
     num_instances: int = 64,
     games: int = 16,
     num_steps: int = 200,
-    sharpness: float = 20.0,
+    sharpness: float = 10.0,
     lr: float = 1e-2,
     instance_lr: float = 0.03,
     redraw_every: int = 20,
@@ -173,7 +173,8 @@ def train_sampled_policy(
         num_instances: N, of the adversary, at least one a class.
         games: Of each instance in a step, at least 2.
         num_steps: Steps of both players.
-        sharpness: beta, of the weights of the instances. 20, and the numbers below, are ours.
+        sharpness: beta, of the weights of the instances; half of that for exact losses, since estimates are
+            noisy. It and the numbers below are ours.
         lr: Adam's learning rate, which falls to a tenth.
         instance_lr: Length of the instances' steps, in units of the bound of the game's instances.
         redraw_every: After so many steps the quarter of the instances with the least loss is drawn anew.
@@ -260,14 +261,14 @@ class _Adversary:
     def climb(self, step: Tensor) -> None:
         """Move by a step, and come back into the classes."""
         if self.age % _REFRESH == 0:
-            self.widths = self.classes.widths(self.theta, self.best)
+            self.measure = self.classes.measure(self.theta, self.best)
         self.age += 1
-        whole = (self.theta + step, self.best, self.widths)
-        parts = zip(*(each.split(self.shares) for each in whole), self.radii, strict=True)
+        parts = zip(*(each.split(self.shares) for each in (self.theta, self.best, step)), strict=True)
+        measures = zip(self.measure.split(self.shares), self.radii, strict=True)
         self.theta = torch.cat(
             [
-                self.classes.retract(theta, hypothesis, radius=radius, widths=width)
-                for theta, hypothesis, width, radius in parts
+                self.classes.move(theta, best, moved, radius=radius, measure=measure)
+                for (theta, best, moved), (measure, radius) in zip(parts, measures, strict=True)
             ]
         )
 

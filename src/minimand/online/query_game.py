@@ -24,6 +24,7 @@ from .instance_classes import InstanceClasses, Instances
 from .problem_complexity import check_hypotheses
 
 _REFRESH = 5
+_IMPOSSIBLE = 1e-16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,10 +251,9 @@ class QueryGame:
         point = theta
         for step in range(num_steps):
             if step % _REFRESH == 0:
-                widths = self.classes.widths(point, found.best)
-            length = lr * 0.1 ** (step / max(num_steps - 1, 1))
-            moved = point + length * self._uphill(point, reach)
-            point = self.classes.retract(moved, found.best, radius=radius, widths=widths)
+                measure = self.classes.measure(point, found.best)
+            uphill = lr * 0.1 ** (step / max(num_steps - 1, 1)) * self._uphill(point, reach)
+            point = self.classes.move(point, found.best, uphill, radius=radius, measure=measure)
             value = self._losses(point) @ reach
             theta = torch.where((value > highest)[:, None], point, theta)
             highest = torch.maximum(value, highest)
@@ -344,7 +344,8 @@ class QueryGame:
 def _likelihood(counts: Tensor, theta: Tensor) -> Tensor:
     """Return the probability of one order of the answers of every state, ``(instances, states)``."""
     chances = torch.cat([1 + theta, 1 - theta], -1) / 2
-    return chances[:, None, :].pow(counts.to(chances)).prod(-1)
+    # The smallest number keeps powers of an impossible answer right: one to the power 0, slope 1 to the power 1.
+    return ((chances + _IMPOSSIBLE).log() @ counts.to(chances).mT).exp()
 
 
 def _solve_matrix_game(losses: Tensor) -> tuple[Tensor, Tensor]:

@@ -215,14 +215,23 @@ class _Ridge:
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(information + eye))
         self.theta = (self.inverse @ (sums @ queries)[..., None]).squeeze(-1)
 
-    def variance(self, directions: Tensor) -> Tensor:
-        """Return the variances of linear functions, of one or of several a state."""
+    def variance(self, direction: Tensor) -> Tensor:
+        """Return the variance of a linear function."""
         if self.queries is None:
-            inverse = self.inverse if directions.dim() == 2 else self.inverse[:, None]
-            return (directions.square() * inverse).sum(-1)
-        whole = directions if directions.dim() == 3 else directions[:, None]
-        found = ((whole @ self.inverse) * whole).sum(-1)
-        return found if directions.dim() == 3 else found.squeeze(1)
+            return (direction.square() * self.inverse).sum(-1)
+        return (direction * (self.inverse @ direction[..., None]).squeeze(-1)).sum(-1)
+
+    def distances(self, hypotheses: Tensor, best: Tensor) -> Tensor:
+        """Return the standard deviations of the differences of hypotheses and one of them."""
+        chosen = hypotheses[best]
+        if self.queries is None:
+            squares, across = self.inverse @ hypotheses.square().mT, (self.inverse * chosen) @ hypotheses.mT
+        else:
+            outer = (hypotheses[:, :, None] * hypotheses[:, None, :]).flatten(1)
+            squares = self.inverse.flatten(1) @ outer.mT
+            across = (self.inverse @ chosen[..., None]).squeeze(-1) @ hypotheses.mT
+        own = squares.gather(-1, best[:, None])
+        return (squares - 2 * across + own).clamp_min(0).sqrt()
 
     def gain(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         """Return by what part each query would lower the variance along a direction, and the query's own variance."""
@@ -355,8 +364,7 @@ def gap_search(
     ridge = _Ridge(counts, sums, None if queries is None else queries.to(counts))
     values = ridge.theta @ table.mT
     best = values.argmax(-1)
-    differences = table - table[best][:, None]
-    closeness = values + confidence * ridge.variance(differences).clamp_min(0).sqrt()
+    closeness = values + confidence * ridge.distances(table, best)
     rival = closeness.scatter(-1, best[:, None], -torch.inf).argmax(-1)
     gain, _ = ridge.gain(table[best] - table[rival])
     tie = 100 * torch.finfo(gain.dtype).eps

@@ -202,12 +202,12 @@ class SampledQueryGame:
         with torch.no_grad():
             for step in range(num_steps):
                 if step % 10 == 0:
-                    widths = self.classes.widths(theta, found.best)
+                    measure = self.classes.measure(theta, found.best)
                 slope = self.play(policy, theta, games=games, generator=generator).instance_gradients()
                 direction = 0.8 * direction + slope
                 length = lr * self.classes.bound * 0.1 ** (step / max(num_steps - 1, 1))
                 unit = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True).clamp_min(1e-12)
-                theta = self.classes.retract(theta + length * unit, found.best, radius=radius, widths=widths)
+                theta = self.classes.move(theta, found.best, length * unit, radius=radius, measure=measure)
             contest = torch.cat([theta, found.theta])
             while len(contest) > 1:
                 played = self.play(policy, contest, games=games, generator=generator)
