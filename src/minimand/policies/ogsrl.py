@@ -189,7 +189,9 @@ class OGSRL:
         if algorithm == "lagrangian" and limits:
             self.multiplier = multiplier or Multiplier(0.05, num_constraints=len(limits), damping=0.5)
             self.multiplier.to(like)
-        self.critic = _Critic(transitions.observation.to(like), horizon, 2 + self.num_costs, critic_hidden).to(like)
+        self.critic = _Critic(
+            transitions.observation.to(like), horizon, 2 + self.num_costs, critic_hidden, generator
+        ).to(like)
         self.optimizer = torch.optim.Adam(self.critic.parameters(), lr=critic_lr)
 
     def rollout(self) -> GuardedEpisodes:
@@ -368,7 +370,14 @@ class _Critic(nn.Module):
     center: Tensor
     half_range: Tensor
 
-    def __init__(self, observation: Tensor, horizon: int, outputs: int, hidden: Sequence[int]) -> None:
+    def __init__(
+        self,
+        observation: Tensor,
+        horizon: int,
+        outputs: int,
+        hidden: Sequence[int],
+        generator: torch.Generator | None,
+    ) -> None:
         super().__init__()
         center, half_range = feature_limits(observation)
         self.register_buffer("center", center)
@@ -376,7 +385,9 @@ class _Critic(nn.Module):
         self.scale = horizon / 4  # values are of the order of the steps left
         widths = [observation.shape[1] + 1, *hidden]
         layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.Tanh())]
-        self.body = nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+        self.body = nn.Sequential(*layers, nn.Linear(widths[-1], outputs)).to(observation)
+        for parameter in self.body.parameters():
+            nn.init.uniform_(parameter, -1 / widths[-1] ** 0.5, 1 / widths[-1] ** 0.5, generator=generator)
 
     def inputs(self, observation: Tensor) -> Tensor:
         left = torch.linspace(1, -1, observation.shape[1], dtype=observation.dtype, device=observation.device)
