@@ -419,6 +419,51 @@ def preferences(
 
 
 @compare.command()
+def policy(
+    dataset: Annotated[
+        str | None,
+        typer.Argument(
+            help="A log: .npz or .parquet of transitions, a Minari data set on disk, or ENVIRONMENT/QUALITY. "
+            "Default: Pendulum-v1/random-expert, made on first use."
+        ),
+    ] = None,
+    env: Annotated[
+        str | None, typer.Option("--env", help="Gymnasium id to try policies in; default: the data set's own.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", help="Gradient steps of each learner.")] = 6_000,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Transitions a step.")] = 128,
+    hidden: Annotated[
+        list[int] | None,
+        typer.Option("--hidden", help="Width of a hidden layer; may be given again. Default: two of 64."),
+    ] = None,
+    discount: Annotated[float, typer.Option("--discount", help="Of later rewards.")] = 0.99,
+    episodes: Annotated[int, typer.Option("--episodes", help="Episodes that measure a policy.")] = 50,
+    contenders: Annotated[
+        str | None, typer.Option("--contenders", help="Names, separated by commas; default: all.")
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Learners trained anew.")] = 5,
+    engine: Engine = "local",
+    jobs: Jobs = None,
+    seed: Seed = 0,
+    store: StorePath = None,
+    as_json: Json = False,
+    out: Out = DEFAULT_OUT,
+) -> None:
+    """Which offline learner makes the best policy of my logged decisions?"""
+
+    def build() -> Study:
+        from .bench.policies import policy_study
+
+        names = None if contenders is None else [name.strip() for name in contenders.split(",") if name.strip()]
+        return policy_study(
+            dataset, environment=env, steps=steps, batch_size=batch_size, hidden=hidden or (64, 64),
+            discount=discount, episodes=episodes, contenders=names, seeds=seeds, seed=seed,
+        )  # fmt: skip
+
+    _run(build, problem="policy", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json)
+
+
+@compare.command()
 def graph(
     data: Annotated[
         str | None,

@@ -134,6 +134,17 @@ FUNCTIONS = {
     "fitted_q_evaluation": lambda x: (
         policies.fitted_q_evaluation(pendulum_log(x), [policies.Pendulum.controller], steps=3, hidden=(4,))[0].members
     ),
+    "fine_tune": lambda x: (
+        policies.fine_tune(
+            policies.IQL(3, 1, hidden=(4,)),
+            pendulum_log(0.0),
+            policies.Pendulum(episode_steps=4),
+            scaled=policies.ScaledLog.of(pendulum_log(0.0)),
+            rounds=1,
+            batch_size=4,
+            exploration=0.1 + x,
+        ).returns
+    ),
     "train_offline": lambda x: policies.train_offline(
         policies.TD3BC(3, 1, hidden=(4,)), policies.ScaledLog.of(pendulum_log(x)), steps=2, batch_size=4
     ).losses["critic"],
@@ -180,6 +191,13 @@ FUNCTIONS = {
     "backtracking": lambda x: policies.backtracking(vector(x), lambda step: step[0] > -0.9),
     "conjugate_gradients": lambda x: policies.conjugate_gradients(lambda v: 2 * v, vector(x)),
     "fisher_product": lambda x: curvature(x)(vector(0.0)),
+    "advantage_guided_target": lambda x: policies.advantage_guided_target(
+        ROWS.mT,
+        -ROWS.mT,
+        logged_value=vector(x),
+        proposal_value=vector(0.0),
+        state_value=EVEN,
+    ),
     "trust_region_step": lambda x: policies.trust_region_step(
         vector(x), lambda v: 2 * v, constraint_gradients=ROWS, violations=vector(0.0, 2)
     ),
@@ -204,9 +222,11 @@ FUNCTIONS = {
     ),
     "extension_thresholds": lambda x: policies.extension_thresholds(vector(x)),
     "interior_point_barrier": lambda x: policies.interior_point_barrier(vector(x)),
-    "train_c_morl": lambda x: policies.train_c_morl(
-        Levers, reference=torch.zeros(2) + x, max_iter=1, settings=policies.PPOSettings(num_steps=8)
-    ).archive.returns,
+    "train_c_morl": lambda x: (
+        policies.train_c_morl(
+            Levers, reference=torch.zeros(2) + x, max_iter=1, settings=policies.PPOSettings(num_steps=8)
+        ).archive.returns
+    ),
     "stock_update": lambda x: policies.stock_update(vector(x), vector(0.0), discount=0.9),
     "wealth_after_trade": lambda x: policies.wealth_after_trade(EVEN, EVEN.flip(0) + x),
     "exploration_bonus": lambda x: online.exploration_bonus(

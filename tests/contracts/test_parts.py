@@ -214,6 +214,17 @@ def offline(part, dtype):
     return part.actor_loss(next(stream)).sum(), seen
 
 
+def remembered(part, dtype):
+    seen = scores(dtype, (1, 6, 3)).requires_grad_()
+    action, noise = scores(dtype, (1, 6, 1)).tanh(), torch.zeros(1, 6, 2, dtype=dtype)
+    return part.loss(seen, action, gate=torch.ones(1, 6, dtype=dtype), noise=noise).sum(), seen
+
+
+def constrained(part, dtype):
+    action = scores(dtype, (6, 1)).requires_grad_()
+    return part(scores(dtype), action), action
+
+
 def policy():
     log = policies.Pendulum().log("mixed", episodes=2)
     return policies.Policy(nn.Sequential(nn.Linear(3, 1)), policies.ScaledLog.of(log).scaling)
@@ -271,8 +282,16 @@ MODULES = {
     "BehaviourCloning": (lambda: policies.BehaviourCloning(3, 1, hidden=(4,)), offline),
     "CQL": (lambda: policies.CQL(3, 1, hidden=(4,), num_actions=2), offline),
     "IQL": (lambda: policies.IQL(3, 1, hidden=(4,)), offline),
+    "FamO2O": (lambda: policies.FamO2O(3, 1, hidden=(4,)), offline),
     "Policy": (policy, acted),
     "TD3BC": (lambda: policies.TD3BC(3, 1, hidden=(4,)), offline),
+    "A2PR": (lambda: policies.A2PR(3, 1, hidden=(4,), vae_hidden=(4,)), offline),
+    "AdvantageGatedVAE": (
+        lambda: policies.AdvantageGatedVAE(3, 1, hidden=(4,), generators=[torch.Generator().manual_seed(0)]),
+        remembered,
+    ),
+    "DatasetConstraint": (lambda: policies.DatasetConstraint(torch.eye(3), torch.eye(3)[:, :1]), constrained),
+    "PRDC": (lambda: policies.PRDC(policies.ScaledLog.of(policies.Pendulum().log(episodes=1)), hidden=(4,)), offline),
     "PortfolioPolicy": (lambda: policies.PortfolioPolicy(3, window=5, width=2, hidden=4), price_reader),
     "QueryNetwork": (lambda: online.QueryNetwork(3, budget=5, hidden=(8,)), questioned),
     "QueryScorer": (lambda: online.QueryScorer(online.thresholds(3), budget=5, hidden=(8,)), questioned),

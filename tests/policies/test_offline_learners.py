@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from minimand.policies import (
+    A2PR,
     CQL,
     IQL,
+    PRDC,
     TD3BC,
     BatchStream,
     BehaviourCloning,
+    FamO2O,
     Pendulum,
     Policy,
     ScaledLog,
@@ -26,10 +29,14 @@ from minimand.policies.offline_batches import Scaling
 from minimand.policies.stacked_networks import StackedMLP, member_generators
 
 LEARNERS = {
+    "FamO2O": FamO2O,
+    "FamO2O on CQL": lambda *args, **settings: FamO2O(*args, base="cql", num_actions=2, **settings),
     "BehaviourCloning": BehaviourCloning,
     "TD3BC": TD3BC,
     "IQL": IQL,
     "CQL": lambda *args, **settings: CQL(*args, num_actions=2, **settings),
+    "A2PR": lambda *args, **settings: A2PR(*args, vae_hidden=(8,), **settings),
+    "PRDC": lambda *_, **settings: PRDC(ScaledLog.of(Pendulum().log("medium", episodes=4, seed=3)), **settings),
 }
 
 

@@ -73,6 +73,8 @@ from .transitions import Transitions, read_transitions
 from .trust_region import LineSearch, TrustRegionStep, backtracking, trust_region_step
 from .vector_actor_critic import VectorActorCritic
 from .vector_environment import GymEpisodes, VectorEnvironment, VectorStep
+from .famo2o import FamO2O
+from .fine_tuning import FineTuning, fine_tune
 
 __all__ = [
     "A2PR",
@@ -98,6 +100,8 @@ __all__ = [
     "Environment",
     "EpisodicEnvironment",
     "ExpectedUtility",
+    "FamO2O",
+    "FineTuning",
     "FirstStock",
     "FittedValue",
     "GaussianPolicy",
@@ -166,6 +170,7 @@ __all__ = [
     "edit_stock",
     "expected_utility",
     "extension_thresholds",
+    "fine_tune",
     "fisher_product",
     "fitted_q_evaluation",
     "guarded_rollout",

@@ -16,6 +16,28 @@ from .offline_batches import Batch
 from .stacked_networks import adam, descend, follow, member_generators, per_member
 
 
+def conservative_excess(
+    critic: TwinCritic, batch: Batch, uniform: Tensor, drawn: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    r"""Compute :math:`\widehat{\log\int e^{Q}} - Q(s, a)` of each critic, mean over the batch, shape ``(S, 2)``.
+
+    Args:
+        critic: Both critics of each member.
+        batch: Where they are evaluated.
+        uniform: Standard normal numbers that become uniform actions, shape ``(S, B, k, m)``.
+        drawn: Other actions, shape ``(S, B, k', m)``, with their log densities, shape ``(S, B, k')``.
+    """
+    density = torch.full_like(uniform[..., 0], -uniform.shape[-1] * math.log(2))
+    sources = [(torch.erf(uniform / math.sqrt(2)), density), *drawn]
+    actions = torch.cat([action for action, _ in sources], -2)
+    log_probs = torch.cat([log_prob for _, log_prob in sources], -1)
+    count = log_probs.shape[-1]
+    observation = batch.observation.unsqueeze(-2).expand(-1, -1, count, -1)
+    values = critic(observation.flatten(1, 2), actions.flatten(1, 2)).unflatten(-1, (-1, count))
+    log_integral = torch.logsumexp(values - log_probs.unsqueeze(1), -1) - math.log(count)
+    return (log_integral - critic(batch.observation, batch.action)).mean(-1)
+
+
 class CQL(nn.Module):
     r"""Learn from a log by soft actor-critic whose critics are conservative (the CQL(H) form).
 
@@ -97,20 +119,10 @@ class CQL(nn.Module):
 
         Samples carry the log density they were drawn with; a uniform action's is :math:`-m\log 2`.
         """
-        k, m = self.num_actions, self.action_dim
-        uniform, here, there = self._noise(batch)[2].split(k, -2)
+        uniform, here, there = self._noise(batch)[2].split(self.num_actions, -2)
         with torch.no_grad():
-            drawn = [
-                (torch.erf(uniform / math.sqrt(2)), torch.full_like(uniform[..., 0], -m * math.log(2))),
-                self.actor.draw(batch.observation, here),
-                self.actor.draw(batch.next_observation, there),
-            ]
-        actions = torch.cat([action for action, _ in drawn], -2)
-        log_probs = torch.cat([log_prob for _, log_prob in drawn], -1)
-        observation = batch.observation.unsqueeze(-2).expand(-1, -1, 3 * k, -1)
-        values = self.critic(observation.flatten(1, 2), actions.flatten(1, 2)).unflatten(-1, (-1, 3 * k))
-        log_integral = torch.logsumexp(values - log_probs.unsqueeze(1), -1) - math.log(3 * k)
-        return (log_integral - self.critic(batch.observation, batch.action)).mean(-1)
+            drawn = [self.actor.draw(batch.observation, here), self.actor.draw(batch.next_observation, there)]
+        return conservative_excess(self.critic, batch, uniform, drawn)
 
     def critic_loss(self, batch: Batch) -> Tensor:
         """Return what each member's critics minimise on a batch, shape ``(S,)``."""

@@ -69,6 +69,7 @@ def train_offline(
     report_every: int = 1_000,
     measure: Callable[[Any, int], Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    pools: Sequence[Tensor] | None = None,
 ) -> OfflineTraining:
     r"""Train an offline learner on a log.
 
@@ -83,6 +84,7 @@ def train_offline(
             checkpoint is kept.
         checkpoint: A safetensors file. If it is there, training goes on from it, and ends where it would have ended
             without the break, number for number; it is written at each report.
+        pools: Rows of the log that each member draws from, int64; None lets all draw from all.
 
     Returns:
         Policies, losses, and what was measured.
@@ -104,7 +106,7 @@ def train_offline(
     for name, value in (("steps", steps), ("report_every", report_every)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    stream = BatchStream(log, seeds=seeds, batch_size=batch_size, noise_width=learner.noise_width)
+    stream = BatchStream(log, seeds=seeds, batch_size=batch_size, noise_width=learner.noise_width, pools=pools)
     run = {"seeds": list(seeds), "batch_size": batch_size, "report_every": report_every}
     # What a learner starts from tells its seeds, its shape and the settings that members differ in.
     run["learner"] = tensors_hash(learner.state_dict().items())
