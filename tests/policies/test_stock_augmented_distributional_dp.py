@@ -84,7 +84,7 @@ def test_an_edited_stock_is_that_of_an_episode_begun_with_another(rewards, first
         stock, wanted = (stock_update(each, stocks(reward), discount=discount) for each in (stock, wanted))
 
 
-@pytest.mark.parametrize("method", ["value_iteration", "policy_iteration"])
+@pytest.mark.parametrize("method", ["value_iteration", "policy_iteration", "solve"])
 @pytest.mark.parametrize("discount", [1.0, 0.7])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
@@ -107,6 +107,7 @@ def test_it_reaches_the_best_of_all_history_policies_from_every_stock(method, di
     laws = all_laws(transition, reward, discount, 3)
     best = [max(expected(law, lambda g, c=c: float(utility(stocks(c + g)))) for law in laws) for c in first.tolist()]
     assert found.status is Stop.CONVERGED
+    assert found.error_bound == 0
     assert found.value.tolist() == pytest.approx(best, abs=1e-9)
     own = [float(law.weights @ utility(c + law.atoms)) for c, law in zip(first, found.laws, strict=True)]
     assert own == pytest.approx(best, abs=1e-9)

@@ -311,6 +311,33 @@ class StockMDP:
         bound = tail if status is Stop.CONVERGED else math.inf
         return _solution(tree, utility, laws, actions, bound, improvements, status)
 
+    def solve(
+        self,
+        utility: ExpectedUtility,
+        state: Int[Tensor, " starts"],
+        stock: Float[Tensor, "starts *rewards"],
+        *,
+        horizon: int | None = None,
+        tolerance: float = 1e-6,
+    ) -> StockSolution:
+        """Go once from the last step to the first: the fixed point of both iterations, at the cost of one evaluation.
+
+        Args:
+            utility: The objective of the stock plus the return.
+            state: First states.
+            stock: First stocks.
+            horizon: As in :meth:`value_iteration`.
+            tolerance: As in :meth:`value_iteration`.
+
+        Returns:
+            Values, laws and policy.
+
+        Raises:
+            ValueError: If the objective is one that dynamic programming does not optimise here, with the reason.
+        """
+        tree, tail = self._unroll(utility, state, stock, horizon, tolerance)
+        return _backward(tree, utility, tail)
+
     def evaluate(
         self,
         policy: Callable[[int, Tensor, Tensor], Tensor],
@@ -396,9 +423,7 @@ class StockMDP:
         together = max(self.max_nodes // tree.widest, 1)
 
         def heights(places: Tensor) -> Tensor:
-            solved = [
-                self._backward(utility, start, -levels[some], tree.steps).value for some in places.split(together)
-            ]
+            solved = [self._shifted(utility, start, -levels[some], tree, 0.0).value for some in places.split(together)]
             return levels[places] + torch.cat(solved) / tau
 
         left, right = torch.zeros(1, dtype=torch.long, device=levels.device), torch.tensor([len(levels) - 1]).to(start)
@@ -425,7 +450,7 @@ class StockMDP:
             left, right = torch.cat([left, middle]), torch.cat([middle, right])
             low, high = torch.cat([low, height]), torch.cat([height, high])
             evaluations, rounds = evaluations + len(middle), rounds + 1
-        solution = self._backward(utility, start, -levels[place][None], tree.steps, tail=tail)
+        solution = self._shifted(utility, start, -levels[place][None], tree, tail)
         return FirstStock(
             value=float(solution.laws[0].cvar(tau)),
             stock=-float(levels[place]),
@@ -474,13 +499,13 @@ class StockMDP:
         status = None
         while high - low > 1 and (status := budget.spent(rounds)) is None:
             middle = (low + high) // 2
-            reached = self._backward(utility, start, -thresholds[middle][None], tree.steps).value[0]
+            reached = self._shifted(utility, start, -thresholds[middle][None], tree, 0.0).value[0]
             if reached >= 1 - tau - rounding_slack(reached):
                 low = middle
             else:
                 high = middle
             rounds += 1
-        solution = self._backward(utility, start, -thresholds[low][None], tree.steps)
+        solution = self._shifted(utility, start, -thresholds[low][None], tree, 0.0)
         value = float(solution.laws[0].quantile(tau))
         return FirstStock(
             value=value,
@@ -587,18 +612,21 @@ class StockMDP:
             vectors=self.num_rewards is not None,
         )
 
-    def _backward(
-        self, utility: ExpectedUtility, state: Tensor, stock: Tensor, steps: int, *, tail: float = 0.0
+    def _shifted(
+        self, utility: ExpectedUtility, state: Tensor, stock: Tensor, tree: StockTree, tail: float
     ) -> StockSolution:
-        """Solve in one pass from the last step to the first, from each stock: the fixed point of both iterations."""
-        scale = float(stock.abs().max()) + self._largest * sum(self.discount**step for step in range(steps))
-        tree = self._grow(state.expand(len(stock)), stock[:, None], steps, scale)
-        laws, actions = [NodeLaws.nothing(tree.layers[-1])], [torch.zeros_like(tree.layers[-1].state)]
-        for step in reversed(range(steps)):
-            outlook = tree.outlook(step, laws[0], utility)
-            actions.insert(0, greedy(outlook.quality))
-            laws.insert(0, tree.follow(step, outlook, actions[0]))
-        return _solution(tree, utility, laws, actions, tail, 1, Stop.CONVERGED)
+        """Solve from other first stocks, with as many steps as a tree that was checked."""
+        scale = float(stock.abs().max()) + self._largest * sum(self.discount**step for step in range(tree.steps))
+        return _backward(self._grow(state.expand(len(stock)), stock[:, None], tree.steps, scale), utility, tail)
+
+
+def _backward(tree: StockTree, utility: ExpectedUtility, tail: float) -> StockSolution:
+    laws, actions = [NodeLaws.nothing(tree.layers[-1])], [torch.zeros_like(tree.layers[-1].state)]
+    for step in reversed(range(tree.steps)):
+        outlook = tree.outlook(step, laws[0], utility)
+        actions.insert(0, greedy(outlook.quality))
+        laws.insert(0, tree.follow(step, outlook, actions[0]))
+    return _solution(tree, utility, laws, actions, tail, 1, Stop.CONVERGED)
 
 
 def _evaluate(tree: StockTree, utility: ExpectedUtility, actions: list[Tensor]) -> tuple[list[NodeLaws], list[Tensor]]:
