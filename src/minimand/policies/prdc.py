@@ -95,11 +95,12 @@ class PRDC(nn.Module):
 
     def nearest_action(self, observation: Tensor, action: Tensor) -> Tensor:
         """Return the actions logged nearest to scaled states and actions, by each member's beta, ``(S, B, m)``."""
-        if len(self.constraints) == 1:
-            return self.constraints[0].actions(observation, action)
         found = torch.empty_like(action)
         for number, constraint in enumerate(self.constraints):
-            members = getattr(self, f"members_{number}")
+            assert isinstance(constraint, DatasetConstraint)
+            if len(self.constraints) == 1:
+                return constraint.actions(observation, action)
+            members = self.get_buffer(f"members_{number}")
             found[members] = constraint.actions(observation[members], action[members])
         return found
 
