@@ -90,6 +90,20 @@ def test_once_outside_an_episode_stays_where_it_is_pays_each_step_and_costs_noth
     assert torch.equal((streams[0] + learner.penalty * streams[1])[:, 3:], torch.full((2, 2), -25.0))
 
 
+@pytest.mark.parametrize("discount", [0.9, 1.0])
+def test_outside_the_values_are_exact_so_that_leaving_is_judged_by_all_it_costs(discount):
+    learner, _ = setting(guardian=Fixed(lambda rows: rows[:, 2] < 0.4), discount=discount)
+    episodes = learner.rollout()
+    values, streams = learner.values(episodes), learner.streams(episodes)
+    frozen = episodes.outside & ~episodes.active
+    assert frozen.any()
+    sums = torch.zeros_like(streams[..., 0])
+    for step in reversed(range(20)):
+        sums = streams[..., step] + discount * sums
+        at = frozen[:, step]
+        torch.testing.assert_close(values[:, at, step], sums[:, at])
+
+
 def test_an_episode_that_ends_gives_nothing_more_and_is_not_outside():
     found = guarded_rollout(Walk(), ahead, torch.tensor([[4.0]]), horizon=4)
     torch.testing.assert_close(found.reward, torch.tensor([[5.0, 6.0, 0.0, 0.0]]), atol=1e-4, rtol=0)

@@ -219,7 +219,7 @@ class OGSRL:
         """
         episodes = self.rollout()
         streams = self.streams(episodes)
-        values = self._values(episodes)
+        values = self.values(episodes)
         advantages = generalized_advantages(
             streams, values, gamma=self.discount, lam=self.trace, mask=(~episodes.ended).expand_as(streams)
         )
@@ -245,6 +245,20 @@ class OGSRL:
         """
         outside = episodes.outside.to(episodes.reward)
         return torch.stack([episodes.reward, outside, *episodes.cost.unbind(-1)])
+
+    @torch.no_grad()
+    def values(self, episodes: GuardedEpisodes) -> Float[Tensor, "streams episodes steps"]:
+        """Return the critic's values of every stream, and the exact ones where nothing is left to decide.
+
+        Args:
+            episodes: In the model.
+        """
+        values = self.critic(episodes.observation).movedim(-1, 0)
+        left = torch.arange(self.horizon, 0, -1, device=values.device, dtype=values.dtype)
+        frozen = torch.zeros_like(values)
+        frozen[1] = left if self.discount == 1 else (1 - self.discount**left) / (1 - self.discount)
+        gone = episodes.outside & ~episodes.active
+        return torch.where(gone, frozen, torch.where(episodes.ended, 0, values))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that learning has changed, by name."""
@@ -272,17 +286,6 @@ class OGSRL:
             self.multiplier.load_state_dict(state["multiplier"])
         if self.generator is not None and "generator" in state:
             self.generator.set_state(state["generator"])
-
-    @torch.no_grad()
-    def _values(self, episodes: GuardedEpisodes) -> Tensor:
-        """Return the critic's values of every stream, and the exact ones where nothing is left to decide."""
-        values = self.critic(episodes.observation).movedim(-1, 0)
-        left = torch.arange(self.horizon, 0, -1, device=values.device, dtype=values.dtype)
-        steps = left if self.discount == 1 else (1 - self.discount**left) / (1 - self.discount)
-        frozen = torch.zeros_like(values)
-        frozen[1] = steps
-        gone = episodes.outside & ~episodes.active
-        return torch.where(gone, frozen, torch.where(episodes.ended, 0, values))
 
     def _improve(self, episodes: GuardedEpisodes, advantages: Tensor, violations: Tensor) -> dict[str, Any]:
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
