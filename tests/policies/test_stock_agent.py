@@ -277,6 +277,7 @@ def test_the_trained_agent_is_the_exact_dynamic_programme():
     training = train_stock_agent(
         agent,
         environment,
+        edit_stocks=True,
         first_stock=(-7.0, 0.0),
         num_steps=2_000,
         batch_size=64,
