@@ -104,8 +104,8 @@ def train_stock_agent(
         first_stock: The lowest and highest first stock; equal for a single one, of which only a single objective,
             such as one target, is learnt.
         num_steps: Steps in the environment.
-        edit_stocks: Whether transitions are replayed with other stocks than they were seen with. Off in the paper; where
-            episodes already begin anywhere in the range it was of no use in our study.
+        edit_stocks: Whether transitions are replayed with other stocks than they were seen with. Off in the paper;
+            where episodes already begin anywhere in the range it was of no use in our study.
         observe: Turns an observation of the environment into a tensor of fixed shape.
         optimizer: Of ``agent.network``'s parameters; None for Adam with a step of 1e-3.
         batch_size: Transitions an update.
