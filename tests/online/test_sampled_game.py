@@ -233,6 +233,15 @@ def test_instances_come_back_into_the_class_whatever_allocation_they_are_measure
         assert torch.allclose(own, inside.theta, atol=1e-3)
 
 
+@pytest.mark.parametrize("hypotheses", [thresholds(2), thresholds(2)[:1]], ids=["three", "one"])
+def test_an_instance_in_a_corner_of_the_box_moves_without_harm(hypotheses):
+    classes, best = InstanceClasses(hypotheses), torch.tensor([0])
+    corner = torch.ones(1, 2, dtype=torch.float64)
+    measure = classes.measure(corner, best)
+    assert torch.equal(classes.move(corner, best, corner, radius=50.0, measure=measure), corner)
+    assert torch.isfinite(classes.move(corner, best, -0.5 * corner, radius=50.0, measure=measure)).all()
+
+
 def test_an_instance_that_keeps_moving_rests_where_the_edge_is_furthest():
     """The part of a class is convex, so that another solver can say how far it goes in a direction."""
     classes, radius = InstanceClasses(thresholds(4)), 4.0

@@ -182,8 +182,8 @@ class InstanceClasses:
         free = torch.ones_like(point)
         # Entries at the end of their range that would go on stay, and take no part in the slope: a second look tells.
         for _ in range(2):
-            length = torch.linalg.vector_norm(free * slope, dim=-1, keepdim=True).clamp_min(1e-300)
-            against = (free * wanted * slope).sum(-1, keepdim=True).clamp_max(0) / length.square()
+            length = (free * slope).square().sum(-1, keepdim=True).clamp_min(1e-300)
+            against = (free * wanted * slope).sum(-1, keepdim=True).clamp_max(0) / length
             moved = wanted - torch.where(leaves[:, None], against, 0.0) * slope
             moved, turned = free * moved, moved * point.sign()
             if self.queries is None:
