@@ -304,7 +304,6 @@ def _resumable(
     return training
 
 
-@torch.no_grad()
 def measured(
     data: PolicyData,
     policy: Policy,
@@ -329,10 +328,10 @@ def measured(
     rows = torch.arange(len(log))[:: max(1, len(log) // _PROBE)]
     scaling = data.log.scaling
     # In half ranges of the action, so that it reads alike whatever the unit.
-    apart = scaling.action_in(policy(log.observation[rows])) - scaling.action_in(log.action[rows])
+    apart = scaling.action_in(policy.act(log.observation[rows])) - scaling.action_in(log.action[rows])
     found = {DISTANCE.name: float(apart.square().mean().sqrt())}
     if data.world is not None:
-        lived = data.world.record(policy, episodes=recipe.test_episodes, seed=run.stream("test") % (1 << 30))
+        lived = data.world.record(policy.act, episodes=recipe.test_episodes, seed=run.stream("test") % (1 << 30))
         found |= _from_episodes(data, lived)
         starts, real = lived, _discounted(lived, recipe.discount)
     else:
@@ -346,9 +345,9 @@ def measured(
     if value is not None:
         begins = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + starts.episode_ends.nonzero()[:-1, 0]])
         seen = scaling.observation_in(starts.observation[begins])
-        done = scaling.action_in(policy(starts.observation[begins]))
+        done = scaling.action_in(policy.act(starts.observation[begins]))
         shape = (members, -1, -1)
-        told = value(seen.expand(*shape), done.expand(*shape))[member] * data.reward_unit
+        told = value(seen.expand(*shape), done.expand(*shape))[member].detach() * data.reward_unit
         found[EXCESS.name] = float(told.mean() - real.mean())
     return found
 

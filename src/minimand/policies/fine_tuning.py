@@ -46,6 +46,7 @@ def fine_tune(
     exploration: float = 0.1,
     batch_size: int = 256,
     evaluation_episodes: int = 10,
+    pools: Sequence[Tensor] | None = None,
 ) -> FineTuning:
     """Let trained members live episodes, and learn from them together with the log.
 
@@ -64,6 +65,7 @@ def fine_tune(
         exploration: Deviation of the noise on actions, in half ranges.
         batch_size: Transitions a member and step.
         evaluation_episodes: Episodes without noise a member and round.
+        pools: Rows of the log that each member draws from, int64; None lets all draw from all.
 
     Returns:
         Returns over the rounds, and the policies.
@@ -113,18 +115,18 @@ def fine_tune(
         sizes = torch.tensor([len(part) for part in everything])
         begins = (sizes.cumsum(0) - sizes).tolist()
         shared = torch.arange(len(log))
-        pools = []
+        drawn_from = []
         for member in range(members):
             first = 1 + member * (round_ + 1)
             mine = torch.arange(begins[first], begins[first] + sum(len(part) for part in own[member]))
-            pools.append(torch.cat([shared, mine]))
+            drawn_from.append(torch.cat([shared if pools is None else pools[member], mine]))
         data = ScaledLog.of(Transitions.join(everything), scaling=scaling, reward_scale=reward_scale)
         stream = BatchStream(
             data,
             seeds=[seed + 7919 * (round_ + 1) for seed in seeds],
             batch_size=batch_size,
             noise_width=learner.noise_width,
-            pools=pools,
+            pools=drawn_from,
         )
         for _ in range(max(1, round(updates_per_transition * max(map(len, new))))):
             learner.update(next(stream))

@@ -102,10 +102,12 @@ def fitted_q_evaluation(
     # A critic of about unit size learns at any unit of reward; over a long horizon values are rewards times that.
     horizon = min(1 / (1 - discount), float(log.episode_lengths().double().mean()))
     unit = max(float(log.reward.std()), float(log.reward.abs().mean()), 1e-8) * math.sqrt(horizon)
-    chosen = torch.stack([data.scaling.action_in(policy(log.next_observation)) for policy in policies])
+    with torch.no_grad():
+        chosen = torch.stack([data.scaling.action_in(policy(log.next_observation)) for policy in policies])
     episode = log.episode_index()
     begins = torch.cat([episode.new_zeros(1), 1 + log.episode_ends.nonzero()[:-1, 0]])
-    first = torch.stack([data.scaling.action_in(policy(log.observation[begins])) for policy in policies])
+    with torch.no_grad():
+        first = torch.stack([data.scaling.action_in(policy(log.observation[begins])) for policy in policies])
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randint(log.num_episodes, (log.num_episodes,), generator=generator) for _ in range(resamples)]
     pools = [_rows_of(picked, log) for picked in drawn]
