@@ -104,7 +104,7 @@ def test_the_gradient_of_the_instance_is_unbiased(loss):
     assert wanted.norm() > 3 * (torch.stack(found).mean(0) - wanted).norm()
 
 
-def test_the_card_s_gradient_of_the_instance_comes_out():
+def test_two_answers_of_one_query_are_wrong_half_of_one_less_the_mean_and_its_slope_is_minus_a_half():
     """One point asked twice: wrong with (1 - m)^2 / 4 and half of the ties, so ((1 - m) / 2); its slope is -1/2."""
     game = SampledQueryGame(torch.tensor([[-1.0], [1.0]], dtype=torch.float64), budget=2, noise="bernoulli")
     played = game.play(uniform_allocation, torch.tensor([[0.4]], dtype=torch.float64), games=50_000, generator=seeded())
