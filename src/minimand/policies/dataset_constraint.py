@@ -23,7 +23,7 @@ from .. import checks
 from ..reduction import Reduction, reduce
 
 # Beyond so many dimensions a k-d tree looks at more rows than it saves (benchmarks/policies/bench_prdc.py).
-_TREE_DIMENSIONS = 12
+_TREE_DIMENSIONS = 16
 # Numbers held at once: what stays in the cache is several times faster than what does not.
 _NUMBERS_AT_ONCE = 2**21
 _BLOCK_ROWS, _BLOCKS = 64, 4
@@ -61,7 +61,7 @@ class DatasetConstraint(nn.Module):
         observation: Logged states, shape ``(N, n)``.
         action: Logged actions, shape ``(N, m)``.
         beta: Weight of states against actions; 2 in the paper's locomotion, 7.5 in its mazes.
-        backend: ``"tree"``, ``"scan"``, ``"cells"`` (approximate), or ``"auto"``: the tree on a CPU in at most 12
+        backend: ``"tree"``, ``"scan"``, ``"cells"`` (approximate), or ``"auto"``: the tree on a CPU in at most 16
             dimensions, else the scan.
         probes: Cells of 64 to 127 rows that ``"cells"`` looks at.
         reduction: Of the batch: ``"mean"``, ``"sum"``, ``"none"`` or a callable.
