@@ -433,6 +433,14 @@ def test_regret_against_losses_that_change_grows_slower_than_the_episodes(estima
     assert growth < 0.8
 
 
+def test_a_loss_above_one_by_rounding_is_a_loss_of_one():
+    mdp, path = problem(), (torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]))
+    learners = [AdversarialMDPLearner.for_episodes(mdp, 10, scale=30.0) for _ in range(2)]
+    learners[0].update(*path, torch.tensor([1 + 1e-15, 0.5, -1e-15], dtype=F64))
+    learners[1].update(*path, torch.tensor([1.0, 0.5, 0.0], dtype=F64))
+    assert torch.equal(learners[0].policy, learners[1].policy)
+
+
 @pytest.mark.untyped
 def test_what_cannot_be_estimated_or_learned_from_is_refused():
     features, weights = pairs_of(0)

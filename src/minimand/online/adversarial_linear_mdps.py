@@ -40,7 +40,7 @@ from torch import Tensor
 
 from .. import checks
 from ..stopping import Budget, Stop
-from .linear_mdp import LinearMDP, action_values, check_features, occupancy
+from .linear_mdp import LinearMDP, action_values, check_features, check_losses, occupancy
 
 ESTIMATORS = ("reduced", "plain")
 REGULARIZERS = ("entropy", "log-barrier")
@@ -565,9 +565,9 @@ class AdversarialMDPLearner:
         for value, name in ((states, "states"), (actions, "actions"), (losses, "losses")):
             if tuple(value.shape) != wanted:
                 raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
-        checks.require((losses >= 0) & (losses <= 1), lambda: "losses must lie in [0, 1]")
+        check_losses(losses)
         mdp, policy = self.mdp, self._policy
-        loss_to_go = losses.to(policy).flip(-1).cumsum(-1).flip(-1)
+        loss_to_go = losses.to(policy).clamp(0, 1).flip(-1).cumsum(-1).flip(-1)
         seen, weights = self._met()
         inverse = _inverse(seen, self.regularization, weights)
         observed = mdp.features_at(states, actions)

@@ -383,6 +383,11 @@ def check_path(features: Tensor, states: Tensor, actions: Tensor) -> None:
         )
 
 
+def check_losses(losses: Tensor) -> None:
+    """Raise unless losses lie in [0, 1], but for rounding: features on the simplex may add up to a bit more than 1."""
+    checks.require((losses >= -1e-6) & (losses <= 1 + 1e-6), lambda: "losses must lie in [0, 1]")
+
+
 def _expect(mdp: LinearMDP, values: Tensor, layer: int) -> Tensor:
     """Return the expectation of the next layer's state values, for each state and action."""
     following = values @ mdp.transitions[layer].flatten(0, 1).mT

@@ -48,7 +48,7 @@ from torch import Tensor
 from .. import checks
 from ..stopping import Stop
 from .adversarial_linear_mdps import exploration_bonus, inverse_covariance, log_barrier_step
-from .linear_mdp import check_features, check_path
+from .linear_mdp import check_features, check_losses, check_path
 from .policy_cover import PolicyCover
 
 
@@ -274,8 +274,8 @@ class SimulatorFreeLearner:
             if tuple(value.shape) != wanted:
                 raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
         check_path(self.features, states, actions)
-        checks.require((losses >= 0) & (losses <= 1), lambda: "losses must lie in [0, 1]")
-        self._episodes.append((states, actions, losses.to(self.features), self._explored))
+        check_losses(losses)
+        self._episodes.append((states, actions, losses.to(self.features).clamp(0, 1), self._explored))
         if len(self._episodes) == 2 * self.half_epoch:
             states, actions, losses, explored = (torch.stack(each, -2) for each in self._columns())
             self._episodes = []
