@@ -13,7 +13,9 @@ from .dataset_constraint import DatasetConstraint, NearestPair
 from .dose_simulator import DoseSimulator
 from .environments import Environment, GymnasiumEnvironment, make_environment
 from .expected_utility import ExpectedUtility
+from .famo2o import FamO2O
 from .features import history_rows, logged_rows, monomials
+from .fine_tuning import FineTuning, fine_tune
 from .fitted_q import FittedValue, fitted_q_evaluation
 from .gaussian_policy import GaussianPolicy
 from .guarded_rollout import GuardedEpisodes, guarded_rollout
@@ -73,8 +75,6 @@ from .transitions import Transitions, read_transitions
 from .trust_region import LineSearch, TrustRegionStep, backtracking, trust_region_step
 from .vector_actor_critic import VectorActorCritic
 from .vector_environment import GymEpisodes, VectorEnvironment, VectorStep
-from .famo2o import FamO2O
-from .fine_tuning import FineTuning, fine_tune
 
 __all__ = [
     "A2PR",

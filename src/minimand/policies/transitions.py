@@ -202,9 +202,8 @@ class Transitions:
         if "terminated" not in found and "truncated" not in found:
             raise ValueError("nothing says where episodes end: give terminated, truncated (or terminals, timeouts)")
         count = len(found["observation"])
-        tensors = {
-            name: _tensor(found[name], count) for name in ("observation", "reward", "next_observation") if name in found
-        }
+        numbers = [name for name in ("observation", "reward", "next_observation") if name in found]
+        tensors: dict[str, Tensor] = {name: _tensor(found[name], count) for name in numbers}
         action = _array(found["action"])
         if np.issubdtype(action.dtype, np.integer):
             tensors["action"] = torch.as_tensor(action.reshape(count, -1).squeeze(-1).astype(np.int64))
