@@ -358,7 +358,8 @@ study = Study(
     ),
     seeds=len(MARKETS),
     about="Five assets of each of six real markets, and five with a signal, are traded by walk-forward.",
-    data="price histories of bokeh-sampledata and universal-portfolios: NYSE 1962-84 and 1985-2010, US stocks 2004-13, MSCI, S&P 500, TSE",
+    data="price histories of bokeh-sampledata and universal-portfolios: NYSE 1962-84 and 1985-2010, US stocks "
+    "2004-13, MSCI, S&P 500, TSE",
     notes=(
         "A cell is a market: five assets at random (four where there are four), of whose days the last third is traded "
         "in two folds at a cost of 0.25 % of what is bought or sold. Everyone chooses among four settings by the "
