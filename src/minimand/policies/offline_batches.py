@@ -199,6 +199,14 @@ class BatchStream:
         batch_size: Transitions a member and step.
         noise_width: Standard normal numbers a transition.
         pools: Rows that each member draws from, int64; None lets all draw from all.
+
+    Example:
+        >>> from minimand.policies import Pendulum
+        >>> stream = BatchStream(ScaledLog.of(Pendulum().log("mixed", episodes=2)), seeds=(0, 1), batch_size=8)
+        >>> next(stream).observation.shape
+        torch.Size([2, 8, 3])
+
+    Source: Uniform replay with replacement, as in S. Fujimoto and S. S. Gu (2021, arXiv 2106.06860).
     """
 
     def __init__(

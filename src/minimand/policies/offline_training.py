@@ -44,7 +44,7 @@ class OfflineLearner(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OfflineTraining:
-    """What training found.
+    """What offline training found.
 
     Args:
         policies: One a member.
