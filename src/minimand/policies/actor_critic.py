@@ -119,6 +119,9 @@ class TD3ActorCritic(nn.Module):
         self.slow_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor_optimizer, self.critic_optimizer = adam(self.actor, lr), adam(self.critic, lr)
+        # Listed once: walking modules at every step would cost as much as a layer.
+        self._slow = [*self.slow_actor.parameters(), *self.slow_critic.parameters()]
+        self._online = [*self.actor.parameters(), *self.critic.parameters()]
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         # Counted on the host too: reading a number of an accelerator at every step would stall it.
         self._updates = 0
@@ -158,11 +161,7 @@ class TD3ActorCritic(nn.Module):
     def improve_actor(self, loss: Float[Tensor, "members"]) -> None:
         """Take one step of the actor down a loss, and let the slow copies follow."""
         descend(self.actor_optimizer, loss)
-        follow(
-            [*self.slow_actor.parameters(), *self.slow_critic.parameters()],
-            [*self.actor.parameters(), *self.critic.parameters()],
-            self.target_rate,
-        )
+        follow(self._slow, self._online, self.target_rate)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimizers by name, for saving."""

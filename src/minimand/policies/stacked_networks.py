@@ -58,6 +58,8 @@ class StackedMLP(nn.Module):
         self, input: Float[Tensor, "members batch inputs"], which: int = 0
     ) -> Float[Tensor, "members batch outputs"]:
         """Return what one head of each member makes of that member's rows."""
+        if self.heads == 1:
+            return _layers(input, list(self.weights), list(self.biases))
         weights = [weight[which :: self.heads] for weight in self.weights]
         biases = [bias[which :: self.heads] for bias in self.biases]
         return _layers(input, weights, biases)
