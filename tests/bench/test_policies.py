@@ -16,6 +16,8 @@ from minimand.bench.policies import (
     VALUE,
     WIDTH,
     TrainOffline,
+    chosen_lines,
+    chosen_settings,
     load_offline_data,
     policy_study,
     winner_code,
@@ -218,6 +220,14 @@ def test_a_run_that_is_cut_off_goes_on_in_the_middle_of_training(file, monkeypat
     assert again.curves == whole.curves
     # Six reports of three settings were kept, so that only the rest were measured anew.
     assert len(seen) - before == 3 * (12 - 6)
+
+
+def test_the_settings_that_were_chosen_are_told():
+    cells = [{"contender": "IQL", "details": {"settings": {"expectile": 0.7, "beta": 3.0}}}] * 2
+    cells += [{"contender": "IQL", "details": {"settings": {"expectile": 0.9, "beta": 10.0}}}, {"contender": LOGGED}]
+    summary = chosen_settings(policy_study("log.npz"), {"cells": cells})
+    assert summary == {"chosen": {"IQL": {"expectile 0.7, beta 3": 2, "expectile 0.9, beta 10": 1}}}
+    assert chosen_lines(summary)[1] == "  IQL: expectile 0.7, beta 3 (2 cells); expectile 0.9, beta 10 (1 cells)"
 
 
 def test_settings_decide_the_key_of_a_cell(file):

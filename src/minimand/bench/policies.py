@@ -471,7 +471,9 @@ def policy_study(
         about=f"{steps:,} steps of {batch_size} transitions, networks {'-'.join(map(str, hidden))}",
         data=source.dataset,
         settings={**dataclasses.asdict(recipe), "seed": seed, **dataclasses.asdict(source)},
-        presentation=Presentation(prepare=functools.partial(prepare, seed=seed), code=winner_code),
+        presentation=Presentation(
+            prepare=functools.partial(prepare, seed=seed), code=winner_code, summary=chosen_settings, lines=chosen_lines
+        ),
     )
 
 
@@ -574,6 +576,27 @@ def _notes(found: PolicyData, study: Study) -> str:
     return " ".join(one.strip() for one in told)
 
 
+def chosen_settings(study: Study, record: dict[str, Any]) -> dict[str, Any]:
+    """Count, for each learner, the cells in which each of its settings was chosen."""
+    counts: dict[str, dict[str, int]] = {}
+    for cell in record["cells"]:
+        settings = cell.get("details", {}).get("settings")
+        if settings:
+            named = ", ".join(f"{name} {value:g}" for name, value in settings.items())
+            of_learner = counts.setdefault(cell["contender"], {})
+            of_learner[named] = of_learner.get(named, 0) + 1
+    return {"chosen": counts}
+
+
+def chosen_lines(summary: dict[str, Any]) -> list[str]:
+    """Say in a line each which settings were chosen how often."""
+    told = {
+        name: "; ".join(f"{settings} ({count} cells)" for settings, count in sorted(counts.items()))
+        for name, counts in summary["chosen"].items()
+    }
+    return ["settings chosen:", *(f"  {name}: {settings}" for name, settings in told.items())]
+
+
 def winner_code(study: Study, winner: str) -> str:
     """Return about ten lines that train the winner on the log and save its policy."""
     source: PolicySource = study.problem  # type: ignore[assignment]
@@ -600,7 +623,7 @@ def winner_code(study: Study, winner: str) -> str:
             load,
             "scale = 1 / float(data.transitions.reward.std())",
             "log = ScaledLog.of(data.transitions, low=data.low, high=data.high, reward_scale=scale)",
-            f"learner = {contender.kind}({first}, {told})  # the middle setting: the report names those chosen",
+            f"learner = {contender.kind}({first}, {told})  # the middle of the settings tried",
             f"policy = train_offline(learner, log, steps={recipe.steps}, batch_size={recipe.batch_size}).policies[0]",
             'policy.save("policy.safetensors")  # load_policy reads it; policy.export_onnx("policy.onnx")',
             "action = policy.act(data.transitions.observation[0])",

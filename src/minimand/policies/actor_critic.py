@@ -120,8 +120,8 @@ class TD3ActorCritic(nn.Module):
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor_optimizer, self.critic_optimizer = adam(self.actor, lr), adam(self.critic, lr)
         # Listed once: walking modules at every step would cost as much as a layer.
-        self._slow = [*self.slow_actor.parameters(), *self.slow_critic.parameters()]
-        self._online = [*self.actor.parameters(), *self.critic.parameters()]
+        self._slow: list[Tensor] = [*self.slow_actor.parameters(), *self.slow_critic.parameters()]
+        self._online: list[Tensor] = [*self.actor.parameters(), *self.critic.parameters()]
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         # Counted on the host too: reading a number of an accelerator at every step would stall it.
         self._updates = 0
