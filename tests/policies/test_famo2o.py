@@ -158,6 +158,22 @@ def test_on_cql_the_target_takes_the_next_states_own_balance(log):
     torch.testing.assert_close(learner.critic_loss(batch), expected)
 
 
+@pytest.mark.parametrize(("aim", "rises"), [(-100.0, False), (100.0, True)])
+def test_the_temperature_rises_while_the_balances_entropy_is_below_what_is_aimed_at(log, aim, rises):
+    learner = FamO2O(3, 1, hidden=(8,), target_entropy=aim)
+    learner.update(first_batch(log, learner))
+    assert (float(learner.log_temperature.detach()) > 0) == rises
+
+
+@pytest.mark.parametrize(("log_std", "rises"), [(0.0, False), (-6.0, True)])
+def test_on_cql_the_entropys_weight_rises_while_the_policy_is_too_sure(log, log_std, rises):
+    learner = FamO2O(3, 1, base="cql", hidden=(8,), balance=(0.5, 1.5), num_actions=2)
+    with torch.no_grad():
+        learner.actor.network.biases[-1][..., 1] = log_std
+    learner.update(first_batch(log, learner))
+    assert (float(learner.log_entropy_weight.detach()) > 0) == rises
+
+
 def test_a_saved_family_acts_alike(log, tmp_path):
     policy = train_offline(FamO2O(3, 1, hidden=(8,), balance=(1.0, 9.0)), log, steps=5, batch_size=8).policies[0]
     policy.save(tmp_path / "policy.safetensors")

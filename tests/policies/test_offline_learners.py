@@ -223,6 +223,15 @@ def test_cql_that_is_not_conservative_is_soft_actor_critic(log):
     torch.testing.assert_close(conservative - plain, 3 * learner.excess(batch)[1].sum())
 
 
+@pytest.mark.parametrize(("log_std", "rises"), [(0.0, False), (-6.0, True)])
+def test_cqls_temperature_rises_while_the_policy_is_too_sure(log, log_std, rises):
+    learner = CQL(3, 1, hidden=(8,), num_actions=2)
+    with torch.no_grad():
+        learner.actor.network.biases[-1][..., 1] = log_std
+    learner.update(first_batch(log, learner))
+    assert (float(learner.log_temperature.detach()) > 0) == rises
+
+
 def test_scaling_maps_to_unit_deviation_and_the_bounds_to_one_and_back():
     log = Pendulum().log("random", episodes=3)
     scaling = Scaling.of(log, low=torch.tensor([-2.0]), high=torch.tensor([2.0]))
