@@ -202,7 +202,7 @@ def classify(
     def build() -> Study:
         from .bench.classify import classify_study
 
-        names = None if contenders is None else [name.strip() for name in contenders.split(",") if name.strip()]
+        names = _names(contenders)
         return classify_study(
             data, target=target, drop=drop or [], group=group, model=model, epochs=epochs, batch_size=batch_size,
             lr=lr, folds=folds, repeats=repeats, tune=tune, noise=noise, metric=metric, contenders=names, seed=seed,
@@ -454,7 +454,7 @@ def policy(
     def build() -> Study:
         from .bench.policies import policy_study
 
-        names = None if contenders is None else [name.strip() for name in contenders.split(",") if name.strip()]
+        names = _names(contenders)
         return policy_study(
             dataset, environment=env, steps=steps, batch_size=batch_size, hidden=hidden or (64, 64),
             discount=discount, episodes=episodes, contenders=names, seeds=seeds, seed=seed,
@@ -503,13 +503,18 @@ def graph(
     def build() -> Study:
         from .bench.graph import graph_study
 
-        names = None if contenders is None else [name.strip() for name in contenders.split(",") if name.strip()]
+        names = _names(contenders)
         return graph_study(
             data, drop=drop or [], forbid=forbid or [], require=require or [], tiers=tiers, truth=truth,
             score=score, standardize=standardize, folds=folds, repeats=repeats, contenders=names, seed=seed,
         )  # fmt: skip
 
     _run(build, problem="graph", out=out, engine=engine, jobs=jobs, store=store, as_json=as_json)
+
+
+def _names(text: str | None) -> list[str] | None:
+    """Split names at commas; None, which stands for all, stays."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _run(

@@ -9,6 +9,7 @@ import torch
 
 from minimand.bench import Run, run
 from minimand.bench.policies import (
+    COST,
     EXCESS,
     LOGGED,
     RETURN,
@@ -23,7 +24,7 @@ from minimand.bench.policies import (
     winner_code,
 )
 from minimand.bench.readers import DataError
-from minimand.policies import Pendulum, Policy, ScaledLog, Transitions
+from minimand.policies import Pendulum, Policy, Transitions
 
 
 @pytest.fixture(autouse=True)
@@ -125,10 +126,21 @@ def test_the_critics_excess_is_its_value_less_what_the_policy_then_earned():
     assert found[RETURN.name] == pytest.approx(3.0)
 
 
-def test_costs_are_reported_where_both_log_and_world_tell_them():
-    log = Pendulum().log("random", episodes=2)
-    assert policy_study("x.npz").contenders.keys() >= {LOGGED, "CQL"}
-    assert ScaledLog.of(log).action_dim == 1
+def test_costs_are_reported_where_both_log_and_world_tell_them(tmp_path, monkeypatch):
+    """A quarter a step, in episodes of forty steps: ten an episode."""
+
+    class Dear(Pendulum):
+        def record(self, act, *, episodes, seed=0):
+            log = super().record(act, episodes=episodes, seed=seed)
+            return dataclasses.replace(log, cost=torch.full((len(log), 1), 0.25))
+
+    monkeypatch.setattr("minimand.bench.policies.make_environment", lambda name: Dear(episode_steps=40))
+    Dear(episode_steps=40).log("medium", episodes=8).save(tmp_path / "dear.npz")
+    study = ready(str(tmp_path / "dear.npz"), environment="Pendulum-v1", contenders=["TD3+BC"])
+    assert study.metrics[-1] is COST
+    data = study.problem(None, 0)
+    for name in (LOGGED, "TD3+BC"):
+        assert study.contenders[name](data, Run(0)).metrics[COST.name] == pytest.approx(10.0)
 
 
 @pytest.mark.parametrize("winner", ["behaviour cloning", "TD3+BC", "IQL", "CQL", "PRDC", "A2PR", "FamO2O", LOGGED])

@@ -93,7 +93,8 @@ def test_the_allocation_attains_what_the_weights_prove(linear):
 
 
 def test_the_complexity_is_that_of_a_general_convex_solver():
-    cvxpy = pytest.importorskip("cvxpy")
+    import cvxpy
+
     hypotheses, theta, queries = drawn(6, 3, seed=4), drawn(3, seed=5), drawn(5, 3, seed=6)
     values = (hypotheses @ theta).numpy()
     best = values.argmax()

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import gymnasium
+import minari
 import numpy as np
 import pytest
 import torch
@@ -19,9 +21,6 @@ from minimand.policies import (
     write_minari,
 )
 from minimand.policies.environments import GymnasiumEnvironment, require_fits
-
-gymnasium = pytest.importorskip("gymnasium")
-pytest.importorskip("minari")
 
 
 class Endless(gymnasium.Env):
@@ -133,7 +132,6 @@ def test_a_minari_data_set_gives_back_every_bit(tmp_path, cost):
 
 
 def test_minari_itself_reads_what_we_write(tmp_path, monkeypatch):
-    minari = pytest.importorskip("minari")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     log = Pendulum(episode_steps=10).log("mixed", episodes=3)
     write_minari(OfflineData(log, "Pendulum-v1"), tmp_path / "mixed-v0")

@@ -3,7 +3,9 @@
 import copy
 import math
 
+import gymnasium
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -51,7 +53,6 @@ def first_batch(log, learner, seeds=(0,), size=16):
 
 
 def test_the_pendulum_is_gymnasiums_step_for_step():
-    gymnasium = pytest.importorskip("gymnasium")
     theirs, ours = gymnasium.make("Pendulum-v1"), Pendulum()
     ours.reset(1, seed=5)
     theirs.reset(seed=0)
@@ -254,7 +255,6 @@ def test_a_policy_comes_back_from_its_file_and_acts_alike(log, tmp_path):
 
 
 def test_an_exported_policy_acts_alike_in_onnx_runtime(log, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
     policy = train_offline(IQL(3, 1, hidden=(8,)), log, steps=5, batch_size=8).policies[0]
     policy.export_onnx(tmp_path / "policy.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "policy.onnx"))

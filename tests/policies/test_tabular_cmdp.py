@@ -1,7 +1,5 @@
 """Constrained decision problems in a table: the linear program against value iteration, budgets, and guardians."""
 
-import importlib.util
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,10 +170,6 @@ def test_frequencies_of_a_long_log_come_near_the_problem_and_of_a_known_log_are_
     torch.testing.assert_close(mdp.initial, torch.tensor([0.5, 0.5]))
 
 
-ICU = pytest.mark.skipif(importlib.util.find_spec("icu_sepsis") is None, reason="the package icu-sepsis is not there")
-
-
-@ICU
 def test_survival_under_the_clinicians_of_icu_sepsis_is_that_of_a_linear_solve():
     sepsis = ICUSepsis.load()
     found = sepsis.problem.evaluate(sepsis.clinicians)
@@ -204,7 +198,6 @@ def sepsis_log(sepsis, episodes, seed=0):
     return Transitions(state, action[order], reward[order], following, done[order], torch.zeros_like(done), cost)
 
 
-@ICU
 def test_on_icu_sepsis_a_count_guardian_cures_the_over_optimism_of_a_fitted_table_and_beats_the_clinicians():
     sepsis = ICUSepsis.load()
     log = sepsis_log(sepsis, 10_000)

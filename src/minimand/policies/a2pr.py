@@ -214,10 +214,7 @@ class A2PR(nn.Module):
         """Return what the value of states regresses: no more than the critics, just updated, say, shape ``(S, B)``."""
         nets = self.nets
         with torch.no_grad():
-            noise = batch.noise[..., : nets.action_dim] * nets.target_noise
-            action = torch.tanh(nets.slow_actor.head(batch.next_observation))
-            action = (action + noise.clamp(-nets.noise_clip, nets.noise_clip)).clamp(-1, 1)
-            following = nets.critic.least(batch.next_observation, action)
+            following = nets.critic.least(batch.next_observation, nets.smoothed_action(batch))
             return target.minimum(torch.addcmul(batch.reward, batch.continues, following, value=nets.discount))
 
     def gate(self, batch: Batch) -> Tensor:
@@ -279,11 +276,7 @@ class A2PR(nn.Module):
         vae_loss = self.vae_loss(batch)
         descend(self.vae_optimizer, vae_loss)
         losses |= {"value": value_loss.detach(), "vae": vae_loss.detach()}
-        if self.nets.actor_is_due:
-            loss = self.actor_loss(batch)
-            self.nets.improve_actor(loss)
-            losses["actor"] = loss.detach()
-        return losses
+        return losses | self.nets.improve_due_actor(batch, self.actor_loss)
 
     def act(self, observation: Tensor) -> Tensor:
         """Return actions for scaled observations, shapes ``(S, B, n)`` to ``(S, B, m)``."""

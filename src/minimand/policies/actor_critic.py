@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -136,13 +136,15 @@ class TD3ActorCritic(nn.Module):
         return torch.tanh(self.actor.head(observation))
 
     @torch.no_grad()
+    def smoothed_action(self, batch: Batch) -> Float[Tensor, "members batch m"]:
+        """Return the slow actors' next actions with noise, which reads the first ``m`` numbers of the batch's."""
+        noise = (batch.noise[..., : self.action_dim] * self.target_noise).clamp(-self.noise_clip, self.noise_clip)
+        return (torch.tanh(self.slow_actor.head(batch.next_observation)) + noise).clamp(-1, 1)
+
+    @torch.no_grad()
     def target(self, batch: Batch) -> Float[Tensor, "members batch"]:
-        """Return the value that both critics regress; the smoothing reads the first ``m`` numbers of the noise."""
-        noise = batch.noise[..., : self.action_dim] * self.target_noise
-        smooth = torch.tanh(self.slow_actor.head(batch.next_observation)) + noise.clamp(
-            -self.noise_clip, self.noise_clip
-        )
-        following = self.slow_critic.least(batch.next_observation, smooth.clamp(-1, 1))
+        """Return the value that both critics regress."""
+        following = self.slow_critic.least(batch.next_observation, self.smoothed_action(batch))
         return torch.addcmul(batch.reward, batch.continues, following, value=self.discount)
 
     def improve_critic(self, batch: Batch, target: Float[Tensor, "members batch"]) -> Float[Tensor, "members"]:
@@ -162,6 +164,16 @@ class TD3ActorCritic(nn.Module):
         """Take one step of the actor down a loss, and let the slow copies follow."""
         descend(self.actor_optimizer, loss)
         follow(self._slow, self._online, self.target_rate)
+
+    def improve_due_actor(
+        self, batch: Batch, actor_loss: Callable[[Batch], Float[Tensor, "members"]]
+    ) -> dict[str, Tensor]:
+        """Take a step of the actor if this critic step calls for one, and return its loss under its name."""
+        if not self.actor_is_due:
+            return {}
+        loss = actor_loss(batch)
+        self.improve_actor(loss)
+        return {"actor": loss.detach()}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return the optimizers by name, for saving."""

@@ -80,12 +80,8 @@ class TD3BC(nn.Module):
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """Take one step of every member, and return its losses, each of shape ``(S,)``."""
-        losses = {"critic": self.nets.improve_critic(batch, self.nets.target(batch))}
-        if self.nets.actor_is_due:
-            loss = self.actor_loss(batch)
-            self.nets.improve_actor(loss)
-            losses["actor"] = loss.detach()
-        return losses
+        critic_loss = self.nets.improve_critic(batch, self.nets.target(batch))
+        return {"critic": critic_loss, **self.nets.improve_due_actor(batch, self.actor_loss)}
 
     def act(self, observation: Tensor) -> Tensor:
         """Return actions for scaled observations, shapes ``(S, B, n)`` to ``(S, B, m)``."""
